@@ -1,0 +1,124 @@
+"""From the cache to training batches: which samples are complete, and their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cache_schema.errors import CacheMissing
+from cache_schema.store import FeatureStore
+from stages.types import Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples with their features. ``f`` keeps the dtype of the cache; ``y_star`` is None when no teacher is read."""
+
+    samples: tuple[Sample, ...]
+    f: Float[Tensor, "B T P C"]
+    y_star: Float[Tensor, "B T *D"] | None
+
+    @property
+    def prompts(self) -> list[str]:
+        """Prompt per sample."""
+        return [sample.prompt for sample in self.samples]
+
+    @property
+    def answers(self) -> list[str]:
+        """Answer per sample."""
+        return [sample.answer for sample in self.samples]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Which samples the cache can serve, and why the others cannot be served."""
+
+    samples: tuple[Sample, ...]
+    missing: Mapping[str, str]  # video id -> reason, for every video that a dropped sample needed
+    dropped: int
+
+    def require_all(self, help_command: str) -> None:
+        """Raise CacheMissing unless every sample is there."""
+        if self.dropped:
+            shown = "".join(f"\n  {video}: {reason}" for video, reason in list(self.missing.items())[:5])
+            more = f"\n  … and {len(self.missing) - 5} more" if len(self.missing) > 5 else ""
+            raise CacheMissing(
+                f"{self.dropped} of {self.dropped + len(self.samples)} samples need frames of {len(self.missing)} "
+                f"videos that the cache does not have:{shown}{more}\n"
+                f"Extract them:           {help_command}\n"
+                f"Or go on without them:  --set data.allow_missing=true"
+            )
+
+
+def available(samples: Sequence[Sample], stores: Sequence[FeatureStore]) -> Availability:
+    """Keep the samples whose frames, in every draw, all stores hold."""
+    wanted: dict[str, list[Int[np.ndarray, "K T"]]] = {}
+    for sample in samples:
+        wanted.setdefault(sample.video_id, []).append(sample.draws)
+    frames = {video: np.unique(np.concatenate([d.ravel() for d in draws])) for video, draws in wanted.items()}
+    reasons: dict[str, str] = {}
+    gaps: dict[str, set[int]] = {}
+    for store in stores:
+        for video, gap in store.missing(frames).items():
+            reasons.setdefault(video, f"{store.modality}: {gap}")
+            gaps.setdefault(video, set()).update(gap.frames)
+    whole: list[Sample] = []
+    broken_videos: set[str] = set()
+    for sample in samples:
+        if gaps.get(sample.video_id, set()).isdisjoint(sample.draws.ravel().tolist()):
+            whole.append(sample)
+        else:
+            broken_videos.add(sample.video_id)
+    return Availability(
+        tuple(whole), {v: r for v, r in reasons.items() if v in broken_videos}, len(samples) - len(whole)
+    )
+
+
+class CachedSamples:
+    """Samples read from the cache on demand.
+
+    Args:
+        samples: what ``available`` kept.
+        tokens: the CLIP store.
+        pooled: the teacher store, or None where no alignment is trained.
+    """
+
+    def __init__(self, samples: Sequence[Sample], tokens: FeatureStore, pooled: FeatureStore | None = None) -> None:
+        self.samples, self.tokens, self.pooled = tuple(samples), tokens, pooled
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batch(self, positions: Sequence[int], draws: Sequence[int] | None = None) -> Batch:
+        """Read the samples at ``positions``; ``draws`` chooses among each sample's frame draws (default: the first)."""
+        chosen = tuple(self.samples[i] for i in positions)
+        picks = [0] * len(chosen) if draws is None else draws
+        frames = [sample.draws[pick % len(sample.draws)] for sample, pick in zip(chosen, picks, strict=True)]
+        f = _stack(self.tokens, chosen, frames)
+        return Batch(chosen, f, None if self.pooled is None else _stack(self.pooled, chosen, frames))
+
+    def target_mean(self) -> Float[Tensor, " D"]:
+        """Mean of y* over the distinct frames of these samples, in float64 and returned as float32 (D4)."""
+        if self.pooled is None:
+            raise ValueError("no teacher store to take a mean of")
+        frames: dict[str, set[int]] = {}
+        for sample in self.samples:
+            frames.setdefault(sample.video_id, set()).update(sample.draws.ravel().tolist())
+        total = np.zeros(int(np.prod(self.pooled.spec.frame_shape)))
+        for video in sorted(frames):
+            rows = self.pooled.read(video, np.array(sorted(frames[video])))
+            total += rows.reshape(len(rows), -1).sum(axis=0, dtype=np.float64)
+        return torch.from_numpy((total / sum(map(len, frames.values()))).astype(np.float32))
+
+
+def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[np.ndarray, " T"]]) -> Tensor:
+    """One array [B, T, …] filled in place, so that the features are copied once."""
+    out = np.empty((len(samples), len(frames[0]), *store.spec.frame_shape), dtype=store.spec.dtype)
+    for row, sample, index in zip(out, samples, frames, strict=True):
+        store.read(sample.video_id, index, out=row)
+    return torch.from_numpy(out)
