@@ -1,0 +1,104 @@
+"""Adaptive multi-level alignment of query states with the diffusion teacher (§3.2, Eq. 4–7).
+
+What the paper leaves open is numbered in stages/DECISIONS.md (D1–D9 there) and set in ``AlignConfig``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stages.config import AlignConfig
+from stages.types import AlignmentLoss
+
+
+def kd_loss(z: Float[Tensor, "*batch D"], y_star: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
+    """L_kd of Eq. 4: minus the cosine between projected query output and pooled target; in [-1, 1].
+
+    A zero vector has cosine 0 (eps 1e-8), so no frame can make the loss NaN.
+    """
+    return -F.cosine_similarity(z, y_star, dim=-1, eps=1e-8)
+
+
+def projection_head(kind: str, in_size: int, out_size: int, hidden: int) -> nn.Module:
+    """h_phi, "an MLP layer" (Eq. 4; D5): E -> D per token."""
+    if kind == "linear":
+        return nn.Linear(in_size, out_size)
+    if kind == "repa":  # REPA's three-layer head
+        return nn.Sequential(
+            nn.Linear(in_size, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_size)
+        )
+    return nn.Sequential(nn.Linear(in_size, out_size), nn.GELU(), nn.Linear(out_size, out_size))
+
+
+class Alignment(nn.Module):
+    """Projection heads h_phi, one per level, and the weight net g_psi, shared by the levels.
+
+    Args:
+        cfg: levels, head, weights.
+        hidden_size: E.
+        target_size: D, or g · g · D for a grid target (flattened).
+        target_mean: dataset mean of y* over the training frames, for ``target_norm="center"``.
+    """
+
+    target_mean: Tensor
+
+    def __init__(
+        self,
+        cfg: AlignConfig,
+        *,
+        hidden_size: int,
+        target_size: int,
+        target_mean: Float[Tensor, " D"] | None = None,
+    ) -> None:
+        super().__init__()
+        if cfg.target_norm == "center" and target_mean is None:
+            raise ValueError("align.target_norm=center needs the mean of the training targets")
+        self.cfg = cfg
+        self.heads = nn.ModuleDict(
+            {str(u): projection_head(cfg.head, hidden_size, target_size, cfg.head_hidden) for u in cfg.levels}
+        )
+        quarter = max(1, target_size // 4)
+        self.weight_net = (
+            nn.Sequential(nn.Linear(target_size, quarter), nn.GELU(), nn.Linear(quarter, 1))
+            if cfg.weights == "adaptive"
+            else None
+        )
+        mean = torch.zeros(target_size) if target_mean is None else target_mean
+        self.register_buffer("target_mean", mean.clone())
+
+    def project(self, level: int, hidden: Float[Tensor, "B T Q E"]) -> Float[Tensor, "B T D"]:
+        """z = mean over the queries of h_phi(h) (D2)."""
+        out: Tensor = self.heads[str(level)](hidden).mean(dim=2)
+        return out
+
+    def weigh(self, z: Float[Tensor, "B T D"], y_star: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
+        """w_u of Eq. 6 in (0, 1) from the projected h plus y*; or the constant of the "average" arm of Table 4."""
+        if self.weight_net is None:
+            return z.new_full(z.shape[:2], self.cfg.uniform_weight)
+        mixed = z + y_star
+        if self.cfg.detach_weight_inputs:
+            mixed = mixed.detach()
+        return torch.sigmoid(self.weight_net(mixed)).squeeze(-1)
+
+    def forward(self, hidden: dict[int, Float[Tensor, "B T Q E"]], y_star: Float[Tensor, "B T *D"]) -> AlignmentLoss:
+        """Eq. 7: sum over levels, mean over frames and batch (D8).
+
+        Args:
+            hidden: query states of every configured level at the aligned frames.
+            y_star: teacher targets of the same frames; a grid is flattened.
+        """
+        target = y_star.flatten(2).to(self.target_mean.dtype)
+        if self.cfg.target_norm == "center":
+            target = target - self.target_mean
+        total = target.new_zeros(())
+        per_level: dict[int, Tensor] = {}
+        weights: dict[int, Tensor] = {}
+        for level in self.cfg.levels:
+            z = self.project(level, hidden[level])
+            loss, weight = kd_loss(z, target), self.weigh(z, target)  # [B, T]
+            total = total + (weight * loss).mean()
+            per_level[level], weights[level] = loss.mean().detach(), weight.mean().detach()
+        return AlignmentLoss(total, per_level, weights)

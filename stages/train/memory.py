@@ -1,0 +1,90 @@
+"""MA-LMM's memory bank as a value: appending gives a new bank, nothing is kept on a module.
+
+A bank holds at most K entries. Each entry is a run of consecutive frames, per token index: the arithmetic mean of the
+frames in the run. When one entry too many arrives, the most similar pair of neighbours is merged, for every token index
+on its own (MA-LMM ``memory_bank_compress``). D25: the size-weighted mean of its code, not the plain mean of its paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TIE_DECIMALS = (
+    6  # cosines equal to this many decimals are a tie, and the earlier pair wins (D26): rounding noise never decides
+)
+
+
+def adjacent_similarity(values: Float[Tensor, "B K N C"]) -> Float[Tensor, "B J N"]:
+    """Cosine between entry j and entry j + 1, for every token index; J = K - 1. Rounded to ``TIE_DECIMALS``."""
+    values = values if values.dtype == torch.float64 else values.float()
+    return F.cosine_similarity(values[:, :-1], values[:, 1:], dim=-1, eps=1e-8).round(decimals=TIE_DECIMALS)
+
+
+def merge_choice(values: Float[Tensor, "B K N C"]) -> Int[Tensor, "B N"]:
+    """Index j of the pair (j, j + 1) to merge, per token index: the highest cosine, the first of equals."""
+    return adjacent_similarity(values).argmax(dim=1)
+
+
+def merge_pairs(
+    values: Float[Tensor, "B K N C"], sizes: Float[Tensor, "B K N"], choice: Int[Tensor, "B N"]
+) -> tuple[Float[Tensor, "B J N C"], Float[Tensor, "B J N"]]:
+    """Replace entries ``choice`` and ``choice + 1`` by their size-weighted mean; J = K - 1. Sizes add up."""
+    num_entries = values.shape[1]
+    position = torch.arange(num_entries - 1, device=values.device)[None, :, None]  # [1, J, 1]
+    chosen = choice[:, None, :]  # [B, 1, N]
+    # Entry j of the result is the old j up to the merged pair and the old j + 1 after it.
+    source = position + (position > chosen).long()  # [B, J, N]
+    kept_values = values.gather(1, source[..., None].expand(-1, -1, -1, values.shape[-1]))
+    kept_sizes = sizes.gather(1, source)
+    next_values = values.gather(1, (chosen + 1)[..., None].expand(-1, -1, -1, values.shape[-1]))
+    left_size, right_size = sizes.gather(1, chosen), sizes.gather(1, chosen + 1)
+    left_values = values.gather(1, chosen[..., None].expand(-1, -1, -1, values.shape[-1]))
+    total = left_size + right_size
+    merged = (left_values * left_size[..., None] + next_values * right_size[..., None]) / total[..., None]
+    here = position == chosen  # [B, J, N]
+    return torch.where(here[..., None], merged, kept_values), torch.where(here, total, kept_sizes)
+
+
+@dataclass(frozen=True)
+class MemoryBank:
+    """Up to K entries of N tokens: ``values`` [B, k, N, C] and ``sizes`` [B, k, N] (frames per entry).
+
+    The entries are detached: no gradient flows into the past (MA-LMM).
+    """
+
+    max_len: int
+    values: Float[Tensor, "B k N C"] | None = None
+    sizes: Float[Tensor, "B k N"] | None = None
+
+    @classmethod
+    def empty(cls, max_len: int) -> MemoryBank:
+        """A bank that has seen nothing. ``max_len`` is K."""
+        return cls(max_len)
+
+    def __len__(self) -> int:
+        return 0 if self.values is None else self.values.shape[1]
+
+    def append(self, entry: Float[Tensor, "B N C"]) -> MemoryBank:
+        """The bank after one more frame; ``entry`` is detached. If it is now too long, one pair is merged."""
+        new_values = entry.detach()[:, None]
+        new_sizes = torch.ones_like(new_values[..., 0])
+        if self.values is None or self.sizes is None:
+            return MemoryBank(self.max_len, new_values, new_sizes)
+        values, sizes = torch.cat([self.values, new_values], 1), torch.cat([self.sizes, new_sizes], 1)
+        if values.shape[1] > self.max_len:
+            values, sizes = merge_pairs(values, sizes, merge_choice(values))
+        return MemoryBank(self.max_len, values, sizes)
+
+    def followed_by(self, current: Float[Tensor, "B N C"]) -> Float[Tensor, "B S C"]:
+        """Keys' and values' source at one step: all entries, then the current frame; S = (k + 1) · N.
+
+        The current frame keeps its graph.
+        """
+        if self.values is None:
+            return current
+        return torch.cat([self.values.flatten(1, 2), current], dim=1)

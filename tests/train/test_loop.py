@@ -1,0 +1,172 @@
+"""One step, many steps, and a stop after any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import AlignConfig, TrainConfig
+from stages.data.samples import CachedSamples
+from stages.decode.llm import CausalLM
+from stages.train.alignment import Alignment
+from stages.train.loop import Schedule, Trainer, TrainingDiverged, batch_positions, make_schedule, train
+from stages.train.student import Student
+
+ALIGN = AlignConfig(levels=(3, 5))
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(make_student: Callable[..., Student], decoder: CausalLM) -> MakeTrainer:
+    """A trainer of a small student in float32; settings of TrainConfig may be replaced."""
+
+    def make(*, dropout: float = 0.0, align: AlignConfig | None = ALIGN, **settings: Any) -> Trainer:
+        base = {"epochs": 2, "batch_size": 4, "lr": 3e-3, "schedule": "cosine_steps", "warmup_steps": 1}
+        cfg = TrainConfig.model_validate({**base, "drop_last": False, "select": "last", **settings})
+        student = make_student(dtype=torch.float32, dropout=dropout)
+        alignment = None
+        if align is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(1)
+                alignment = Alignment(align, hidden_size=12, target_size=6)
+        return Trainer(student, alignment, decoder, cfg, align or ALIGN)
+
+    return make
+
+
+def run(trainer: Trainer, data: CachedSamples, **options: Any) -> tuple[list[dict[str, Any]], list[tuple[int, dict]]]:
+    """Train to the end; returns the log and what was saved."""
+    records: list[dict[str, Any]] = []
+    saved: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def save(step: int, tensors: dict[str, torch.Tensor], _state: dict[str, Any]) -> None:
+        saved.append((step, {name: tensor.clone() for name, tensor in tensors.items()}))  # as a disk would
+
+    train(trainer, data, log=records.append, save=save, **options)
+    return records, saved
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_stopped_after_any_step_continues_bit_for_bit(
+    make_trainer: MakeTrainer, cached: CachedSamples, stop: int
+) -> None:
+    whole, saved = run(make_trainer(dropout=0.1, save_every=1), cached)
+    assert [step for step, _ in saved] == [1, 2, 3, 4]
+    resumed = make_trainer(dropout=0.1, save_every=1)
+    resumed.restore(dict(saved[stop - 1][1]))
+    rest, saved_after = run(resumed, cached, first_step=stop)
+    assert rest == whole[stop:]
+    assert equal(saved_after[-1][1], saved[-1][1])
+
+
+def test_dropout_is_on_and_a_different_seed_gives_another_run(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    losses = [run(make_trainer(dropout=p, seed=s), cached)[0][0]["loss_ce"] for p, s in ((0.0, 1), (0.1, 1), (0.1, 2))]
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(
+    make_trainer: MakeTrainer, cached: CachedSamples, micro_batch: int
+) -> None:
+    gradients, logs = [], []
+    for size in (0, micro_batch):
+        trainer = make_trainer(batch_size=7, micro_batch=size)
+        for module in trainer.modules.values():
+            module.double()
+        trainer.decoder.model.double()  # type: ignore[attr-defined]
+        logs.append(trainer.step(cached, 0, make_schedule(trainer.cfg, len(cached))))
+        gradients.append({n: p.grad.clone() for n, p in trainer.trainable().items() if p.grad is not None})
+        trainer.decoder.model.float()  # type: ignore[attr-defined]
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(float(g.abs().max()) for g in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12 * largest)
+    for key, value in logs[0].items():
+        assert logs[1][key] == pytest.approx(value, rel=1e-6), key  # the loss itself is float32
+
+
+def test_training_lowers_both_losses(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    records, _ = run(make_trainer(epochs=40, batch_size=7), cached)
+    assert records[-1]["loss_ce"] < 0.7 * records[0]["loss_ce"]
+    assert records[-1]["loss_kd"] < records[0]["loss_kd"] - 0.1
+
+
+def test_without_lambda_there_is_no_teacher_in_the_gradient(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    """lambda = 0 with an alignment gives the student the gradients of no alignment at all."""
+    grads = []
+    for trainer in (make_trainer(lambda_kd=0.0), make_trainer(align=None, lambda_kd=0.0)):
+        trainer.step(cached, 0, make_schedule(trainer.cfg, len(cached)))
+        grads.append({n: p.grad.clone() for n, p in trainer.student.named_parameters() if p.grad is not None})
+    for name, gradient in grads[1].items():
+        torch.testing.assert_close(grads[0][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_lambda_scales_the_alignment_only(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    """The gradient of the whole is gradient(CE) + lambda · gradient(KD), by name, Eq. 9."""
+    grads = {}
+    for lambda_kd in (0.0, 1.0, 2.5):
+        trainer = make_trainer(lambda_kd=lambda_kd)
+        trainer.step(cached, 0, make_schedule(trainer.cfg, len(cached)))
+        grads[lambda_kd] = {n: p.grad.clone() for n, p in trainer.student.named_parameters() if p.grad is not None}
+    for name, base in grads[0.0].items():
+        kd = grads[1.0][name] - base
+        torch.testing.assert_close(grads[2.5][name], base + 2.5 * kd, rtol=1e-3, atol=1e-6)
+
+
+def test_the_frozen_language_model_is_not_touched(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    trainer = make_trainer()
+    before = {n: p.clone() for n, p in trainer.decoder.model.named_parameters()}  # type: ignore[attr-defined]
+    run(trainer, cached)
+    after = dict(trainer.decoder.model.named_parameters())  # type: ignore[attr-defined]
+    assert all(torch.equal(before[n], after[n]) and after[n].grad is None for n in before)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    trainer = make_trainer()
+    trainer.student.llm_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="lower train"):
+        run(trainer, cached)
+
+
+def test_the_best_epoch_is_marked_by_validation(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    accuracy = iter([0.25, 0.5, 0.5, 0.4])
+    states: list[tuple[int, bool]] = []
+    train(
+        make_trainer(epochs=4, batch_size=7),
+        cached,
+        log=lambda _: None,
+        save=lambda step, _, state: states.append((step, state["is_best"])),
+        validate=lambda: next(accuracy),
+    )
+    assert states == [(1, True), (2, True), (3, False), (4, False)]
+
+
+def test_every_epoch_shows_every_sample_once_in_an_order_of_its_own() -> None:
+    cfg = TrainConfig(batch_size=3, drop_last=False, epochs=2)
+    schedule = make_schedule(cfg, 8)
+    epochs = [[i for s in range(3) for i in batch_positions(cfg, schedule, 8, 3 * e + s)[0]] for e in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 2
+    assert epochs[0] != epochs[1]
+    assert batch_positions(cfg, schedule, 8, 4) == batch_positions(cfg, schedule, 8, 4)
+
+
+def test_malmm_schedule_warms_up_inside_the_first_epoch_and_steps_down_per_epoch() -> None:
+    """LVU relationship: 4 steps an epoch, so the first epoch ends at 3e-7 and the second starts near 1e-4."""
+    schedule = make_schedule(TrainConfig(), 298)
+    assert (schedule.steps_per_epoch, schedule.total_steps) == (4, 80)
+    assert schedule.lr(0) == pytest.approx(1e-8)
+    assert schedule.lr(3) == pytest.approx(1e-8 + (1e-4 - 1e-8) * 3 / 1000)
+    assert schedule.lr(4) == schedule.lr(7) == pytest.approx(9.938e-5, rel=1e-3)
+    assert schedule.lr(79) == pytest.approx(6.16e-7, rel=1e-2)
+
+
+def test_cosine_schedule_changes_at_every_step() -> None:
+    schedule = Schedule(TrainConfig(schedule="cosine_steps", lr=1.0, warmup_steps=2, warmup_lr=0.0), 5, 12)
+    assert [schedule.lr(s) for s in (0, 1, 2, 7)] == pytest.approx([0.0, 0.5, 1.0, 0.5])
