@@ -1,0 +1,349 @@
+"""The commands: parse, call, print. Nothing heavy is imported before a command runs.
+
+Every command resumes: what an earlier start finished is not done again. Exit codes are those of ``pipeline.errors``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pipeline.errors import FAILURES, ConfigError, NotAvailable, guard
+
+if TYPE_CHECKING:
+    from stages.config import PipelineConfig
+
+app = typer.Typer(
+    name="pipeline",
+    help=(
+        "Diff-LMM as a feature-caching pipeline: extract frozen features once, train the student against them, "
+        "evaluate it through a frozen language model.\n\n"
+        "Every command resumes, and says so. Exit codes: 0 done, 2 usage or config, 3 finished with failures, 4 cache "
+        "missing or stale, 5 environment, 75 interrupted (the same command resumes), 130 Ctrl-C."
+    ),
+    epilog="Example:  pipeline extract-clip --preset miniature",
+    rich_markup_mode=None,  # plain text: quicker, and the same on every terminal
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+PresetOption = Annotated[
+    str, typer.Option("--preset", metavar="NAME", help="miniature, lvu-TASK, msvd-qa-malmm or msvd-qa-literal.")
+]
+RunPresetOption = Annotated[
+    str, typer.Option("--preset", metavar="NAME", help="Instead of the configuration that the run was trained with.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", metavar="PATH", help="The feature store. [default: cache/…, by preset]")
+]
+RunOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")]
+EvaluatedRunOption = Annotated[
+    Path | None, typer.Option("--run", "--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Also keep the result as DIR/COMMAND.json.")
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto (CUDA where there is one), cpu, cuda or cuda:N.")
+]
+SplitsOption = Annotated[
+    list[str] | None, typer.Option("--split", metavar="NAME", help="Only this split; repeatable. [default: all]")
+]
+SplitOption = Annotated[str, typer.Option("--split", metavar="NAME", help="The split to answer.")]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option("--checkpoint", metavar="NAME", help="best, final, latest or step-N. [default: best, else final]"),
+]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", min=0, metavar="N", help="Dask worker processes; 0 works in this process.")
+]
+RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try videos again that failed before.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object, the last line of stdout.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and its size; do nothing.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(importlib.metadata.version("diff-lmm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    assert not version
+
+
+@app.command(
+    "extract-clip",
+    epilog="Example:  pipeline extract-clip --preset lvu-relationship --workers 2",
+)
+def extract_clip(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    out: ReportOption = None,
+    split: SplitsOption = None,
+    workers: WorkersOption = 0,
+    retry_failed: RetryOption = False,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Put the patch tokens of the frozen image encoder into the cache."""
+    with guard(debug=debug, as_json=as_json):
+        config = _config(preset, sets)
+        _extract("clip", config, cache, out, split or [], workers, retry_failed, device, dry_run, as_json)
+
+
+@app.command(
+    "extract-teacher",
+    epilog="Example:  pipeline extract-teacher --preset miniature --set teacher.layer=4",
+)
+def extract_teacher(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    out: ReportOption = None,
+    split: SplitsOption = None,
+    workers: WorkersOption = 0,
+    retry_failed: RetryOption = False,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Put the pooled targets of the diffusion teacher into the cache."""
+    with guard(debug=debug, as_json=as_json):
+        config = _config(preset, sets)
+        _extract("teacher", config, cache, out, split or [], workers, retry_failed, device, dry_run, as_json)
+
+
+@app.command(
+    "train-student",
+    epilog="Example:  pipeline train-student --set train.lr=3e-4 --out runs/slower",
+)
+def train_student(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    out: RunOption = None,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train the memory-bank student against the cache."""
+    with guard(debug=debug, as_json=as_json):
+        config = _config(preset, sets)
+        cache = _cache(cache, config)
+        compose = _compose(dry_run)
+        from pipeline.progress import Progress
+
+        with Progress() as progress:
+            result = compose.train(
+                config,
+                cache=cache,
+                out=out or Path("runs") / config.preset,
+                device=_device(device, dry_run),
+                dry_run=dry_run,
+                progress=progress,
+            )
+        _show("train-student", result, dry_run, as_json)
+
+
+@app.command(
+    epilog="Example:  pipeline evaluate --run runs/slower --split val --checkpoint best",
+)
+def evaluate(
+    preset: RunPresetOption = "",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    run: EvaluatedRunOption = None,
+    split: SplitOption = "test",
+    checkpoint: CheckpointOption = None,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Answer the questions of a split and score the answers."""
+    with guard(debug=debug, as_json=as_json):
+        run = run or Path("runs") / (preset or "miniature")
+        config, changed = _run_config(run, preset, sets)
+        cache = _cache(cache, config)
+        compose = _compose(dry_run)
+        from pipeline.progress import Progress
+
+        with Progress() as progress:
+            result = compose.evaluate(
+                config if changed else None,
+                cache=cache,
+                out=run,
+                split=split,
+                checkpoint=checkpoint,
+                device=_device(device, dry_run),
+                dry_run=dry_run,
+                progress=progress,
+            )
+        _show("evaluate", result, dry_run, as_json)
+
+
+@app.command(epilog="Example:  pipeline synth --videos 60 --seed 1 --out cache/another-world")
+def synth(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where videos and annotations go.")] = Path(
+        "cache/miniature/world"  # where preset miniature looks
+    ),
+    videos: Annotated[int, typer.Option("--videos", min=6, metavar="N", help="How many, all splits together.")] = 48,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Another seed draws other videos.")] = 0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Draw the small labelled videos that the miniature preset runs on."""
+    with guard(debug=debug, as_json=as_json):
+        from stages.miniature.world import write_world
+
+        world = write_world(out, videos=videos, seed=seed)
+        result = {"folder": str(world.root), "videos": world.videos, "frames": world.frames, "written": world.written}
+        _show("synth", result, False, as_json)
+
+
+def _config(preset: str, sets: Sequence[str] | None) -> PipelineConfig:
+    from pipeline import overrides, presets
+
+    return overrides.apply(presets.get(preset), sets or [])
+
+
+def _run_config(run: Path, preset: str, sets: Sequence[str] | None) -> tuple[PipelineConfig, bool]:
+    """The configuration of an evaluation, and whether it is another than the run's own."""
+    from pipeline import overrides, presets
+    from pipeline.runs import RunFolder
+
+    base = presets.get(preset) if preset else RunFolder.open(run).config
+    return overrides.apply(base, sets or []), bool(preset or sets)
+
+
+def _cache(cache: Path | None, config: PipelineConfig) -> Path:
+    from pipeline import presets
+
+    return cache or presets.default_cache(config)
+
+
+def _compose(dry_run: bool) -> Any:
+    """The stages, put together; loading them takes seconds."""
+    # torch's idle threads otherwise spin: on a machine that also does other work, small models run 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers of ours would make it warn
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if sys.stderr.isatty() and not dry_run:
+        print("loading …", file=sys.stderr)
+    from pipeline import compose
+
+    return compose
+
+
+def _device(name: str, dry_run: bool) -> str:
+    """``auto`` resolved, and CUDA checked before anything is loaded onto it."""
+    if dry_run or name == "cpu":
+        return name
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise NotAvailable(
+            f"--device {name}: torch {torch.__version__} finds no CUDA device here.\nRun on:  --device cpu"
+        )
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise NotAvailable(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return name
+
+
+def _extract(
+    which: Literal["clip", "teacher"],
+    config: PipelineConfig,
+    cache: Path | None,
+    out: Path | None,
+    splits: list[str],
+    workers: int,
+    retry_failed: bool,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    command = f"extract-{which}"
+    cache = _cache(cache, config)
+    compose = _compose(dry_run)
+    from pipeline.progress import Progress
+
+    with Progress() as progress:
+        result = compose.extract(
+            config,
+            which=which,
+            cache=cache,
+            workers=workers,
+            retry_failed=retry_failed,
+            splits=splits,
+            device=_device(device, dry_run),
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if out is not None and not dry_run:
+        from pipeline.results import as_json as to_json
+
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{command}.json").write_text(to_json(result) + "\n")
+    _show(command, result, dry_run, as_json)
+    if not dry_run and result["failed"]:
+        raise typer.Exit(FAILURES)
+
+
+def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+    from pipeline import results
+    from pipeline.progress import printable
+
+    for warning in result.get("warnings", ()):
+        print(f"note: {printable(str(warning))}", file=sys.stderr)
+    if as_json:
+        print(results.as_json(result))
+    elif dry_run:
+        results.show_estimate(command, result)
+    elif command.startswith("extract-"):
+        results.show_extraction(result)
+    else:
+        {
+            "train-student": results.show_training,
+            "evaluate": results.show_evaluation,
+            "synth": results.show_synth,
+        }[command](result)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script."""
+    app(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The parts that a configuration names, as import strings: adding one is one file and one line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.overrides import nearest
+
+ENCODERS = {  # clip.source
+    "open_clip": "stages.extract.clip:build",
+    "instructblip": "stages.extract.clip:build",
+}
+TEACHERS = {
+    "dit": "stages.extract.dit:build",
+}
+DATASETS = {  # data.name
+    "lvu": "stages.data.lvu:LvuDataset",
+    "msvd_qa": "stages.data.msvd:MsvdQaDataset",
+    "clips": "stages.data.clips:ClipsDataset",
+}
+STUDENTS = {
+    "malmm": "stages.train.student:build",
+}
+DECODERS = {
+    "causal_lm": "stages.decode.llm:build",
+}
+KINDS = {
+    "encoder": ENCODERS,
+    "teacher": TEACHERS,
+    "dataset": DATASETS,
+    "student": STUDENTS,
+    "decoder": DECODERS,
+}
+
+
+def load(kind: str, name: str) -> Any:
+    """The callable registered as ``name`` among ``kind`` (a key of KINDS); imports its module.
+
+    Raises:
+        ConfigError: nothing is registered under that name; the nearest names are listed.
+    """
+    parts = KINDS[kind]
+    if name not in parts:
+        known = nearest(name, parts) or sorted(parts)
+        raise ConfigError(f"no {kind} is called {name!r}; known: {', '.join(known)}")
+    module, _, attribute = parts[name].partition(":")
+    return getattr(import_module(module), attribute)
