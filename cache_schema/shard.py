@@ -1,0 +1,411 @@
+"""One shard file: its layout, a writer that streams frames into it, and a reader that trusts nothing.
+
+From the start of the file: S frame slots of ``stride`` bytes, up to the last one used; a JSON footer; a trailer of 32
+bytes; then Zarr's shard index (S pairs of offset and size, little-endian uint64) with its crc32c, which Zarr reads
+from the end of the file. The footer lies in space that the sharding codec leaves unused, so any Zarr reader sees an
+ordinary shard, and everything that is known of a shard can be read from that one file.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from crc32c import crc32c
+
+from cache_schema import files
+from cache_schema.errors import CacheCorrupt
+from cache_schema.metadata import FORMAT_VERSION, ArrayInfo, newer_format
+from cache_schema.plan import Part, from_runs, to_runs
+from cache_schema.stats import Moments
+
+MAGIC = b"DLMMSHRD"
+TRAILER = struct.Struct("<8sIQQI")  # magic, format version, footer bytes, file bytes, crc32c of footer and the rest
+EMPTY = (1 << 64) - 1  # Zarr's mark of an inner chunk that is not there
+LARGE_FRAME = 64 * 1024  # from this size on frames start on pages (O_DIRECT, GPU storage); below, on cache lines
+MAX_FOOTER_BYTES = 1 << 28
+MAX_REASON = 2000  # characters of a stored reason
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where bytes go in the shards of one array."""
+
+    info: ArrayInfo
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame."""
+        return self.info.spec.frame_bytes
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one slot to the next."""
+        unit = 4096 if self.frame_bytes >= LARGE_FRAME else 64
+        return -(-self.frame_bytes // unit) * unit
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of Zarr's shard index with its checksum."""
+        return 16 * self.info.shard_frames + 4
+
+    @property
+    def has_stats(self) -> bool:
+        """Whether footers carry mean and M2 of every element: only where a frame is small."""
+        return self.frame_bytes <= LARGE_FRAME
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """On disk: little-endian."""
+        return np.dtype(self.info.spec.dtype).newbyteorder("<")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a footer says of one part: the frames of one video in one shard."""
+
+    video_id: str
+    slot: int
+    frame_index: tuple[int, ...] = field(repr=False)
+    ok: bool
+    kind: str = ""  # of the failure
+    reason: str = ""
+    crc32c: tuple[int, ...] = field(default=(), repr=False)  # one a frame; empty when failed
+    facts: Mapping[str, object] = field(default_factory=dict, repr=False)
+
+    def to_json(self) -> dict[str, object]:
+        """One entry of the footer's ``segments``."""
+        return {
+            "video": self.video_id,
+            "slot": self.slot,
+            "frames": to_runs(self.frame_index),
+            "status": "ok" if self.ok else "failed",
+            "kind": self.kind,
+            "reason": self.reason,
+            "crc32c": list(self.crc32c),
+            "facts": dict(self.facts),
+        }
+
+    @classmethod
+    def from_json(cls, entry: object) -> Record:
+        """Inverse of ``to_json`` for bytes that may be anything. Raises ValueError naming the field."""
+        if not isinstance(entry, dict):
+            raise ValueError("a segment is not an object")
+        kinds = {"video": str, "slot": int, "status": str, "kind": str, "reason": str, "crc32c": list, "facts": dict}
+        for name, kind in kinds.items():
+            if type(entry.get(name)) is not kind:
+                raise ValueError(f"segments.{name} is not of type {kind.__name__}")
+        frames, ok, crcs = from_runs(entry.get("frames")), entry["status"] == "ok", entry["crc32c"]
+        if entry["status"] not in ("ok", "failed"):
+            raise ValueError(f"segments.status is {entry['status']!r}")
+        if len(crcs) != (len(frames) if ok else 0) or any(type(c) is not int or not 0 <= c < 1 << 32 for c in crcs):
+            raise ValueError("segments.crc32c does not hold one checksum per frame")
+        return cls(
+            entry["video"], entry["slot"], frames, ok, entry["kind"], entry["reason"], tuple(crcs), entry["facts"]
+        )
+
+
+class ShardWriter:
+    """Streams the frames of one shard into a partial file. ``finish`` completes it; the caller publishes or discards.
+
+    Nothing but the current batch is held in memory. The file is open only between ``append`` and ``suspend``, so a
+    long video's run of shards does not hold hundreds of descriptors.
+    """
+
+    def __init__(self, layout: Layout, shard: int) -> None:
+        self.layout, self.shard = layout, shard
+        self.partial = files.partial_path(layout.info.folder, f"shard-{shard}")
+        self._records: list[Record] = []
+        self._descriptor = -1
+        self._created = False
+        self._part: Part | None = None
+        self._crcs: list[int] = []
+        shape = layout.info.spec.frame_shape
+        self._moments = self._moments_before = Moments.zero(shape)
+
+    def begin(self, part: Part) -> None:
+        """Start the frames of the next part; parts come in slot order."""
+        self._part, self._crcs, self._moments_before = part, [], self._moments
+
+    def append(self, frames: Array) -> None:
+        """Write frames [b, *frame_shape] at the next slots of the current part."""
+        part = self._current()
+        if len(self._crcs) + len(frames) > part.count:
+            raise AssertionError("more frames than the part holds")
+        descriptor = self._open()
+        for frame in np.ascontiguousarray(frames, dtype=self.layout.dtype):
+            raw = memoryview(frame.reshape(-1).view(np.uint8))
+            _pwrite(descriptor, raw, (part.slot + len(self._crcs)) * self.layout.stride)
+            self._crcs.append(crc32c(raw))
+            if self.layout.has_stats:
+                self._moments = self._moments.plus_frame(frame)
+
+    def end(self, facts: Mapping[str, object]) -> None:
+        """The current part is complete."""
+        part = self._current()
+        if len(self._crcs) != part.count:
+            raise AssertionError("fewer frames than the part holds")
+        self._add(
+            Record(part.segment.video_id, part.slot, part.frame_index, True, crc32c=tuple(self._crcs), facts=facts)
+        )
+
+    def fail(self, kind: str, reason: str) -> None:
+        """The current part has failed: what it wrote is cut off and its slots stay empty."""
+        part = self._current()
+        if self._created:
+            os.ftruncate(self._open(), self._data_bytes())
+        self._moments = self._moments_before
+        reason = reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 1] + "…"
+        self._add(Record(part.segment.video_id, part.slot, part.frame_index, False, kind, reason))
+
+    def suspend(self) -> None:
+        """Close the file until it is needed again."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def finish(self) -> list[Record]:
+        """Write footer, trailer and index, and flush the file to disk. Returns the records of the footer."""
+        descriptor, data_bytes = self._open(), self._data_bytes()
+        footer = files.canonical_json(self._footer(data_bytes))
+        size = data_bytes + len(footer) + TRAILER.size + self.layout.index_bytes
+        head = TRAILER.pack(MAGIC, FORMAT_VERSION, len(footer), size, 0)[:-4]
+        crc = struct.pack("<I", crc32c(head, crc32c(footer)))
+        index = shard_index(self.layout, self._records)
+        os.ftruncate(descriptor, data_bytes)
+        _pwrite(descriptor, memoryview(footer + head + crc + index), data_bytes)
+        os.fsync(descriptor)
+        self.suspend()
+        return self._records
+
+    def discard(self) -> None:
+        """Remove the partial file, if it is still there."""
+        self.suspend()
+        files.discard(self.partial)
+
+    def _footer(self, data_bytes: int) -> dict[str, object]:
+        # Nothing here may depend on when, where or in how many attempts the shard was made.
+        document: dict[str, object] = {
+            **_identity(self.layout, self.shard),
+            "data_bytes": data_bytes,
+            "segments": [record.to_json() for record in self._records],
+        }
+        return {**document, "stats": self._moments.to_json()} if self.layout.has_stats else document
+
+    def _data_bytes(self) -> int:
+        return used_slots(self._records) * self.layout.stride
+
+    def _add(self, record: Record) -> None:
+        self._records.append(record)
+        self._part = None
+
+    def _current(self) -> Part:
+        if self._part is None:
+            raise AssertionError("no part was begun")
+        return self._part
+
+    def _open(self) -> int:
+        if self._descriptor < 0:
+            flags = os.O_WRONLY if self._created else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            self._descriptor = os.open(self.partial, flags, 0o666)
+            self._created = True
+        return self._descriptor
+
+
+def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def used_slots(records: Sequence[Record]) -> int:
+    """Slots up to the last one that holds a frame."""
+    return max((record.slot + len(record.frame_index) for record in records if record.ok), default=0)
+
+
+def shard_index(layout: Layout, records: Sequence[Record]) -> bytes:
+    """Zarr's shard index for these records, with its checksum."""
+    index = np.full((layout.info.shard_frames, 2), EMPTY, "<u8")
+    for record in records:
+        if record.ok:
+            slots = np.arange(record.slot, record.slot + len(record.frame_index), dtype=np.uint64)
+            index[slots, 0] = slots * np.uint64(layout.stride)
+            index[slots, 1] = layout.frame_bytes
+    raw = index.tobytes()
+    return raw + struct.pack("<I", crc32c(raw))
+
+
+def _identity(layout: Layout, shard: int) -> dict[str, object]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "modality": layout.info.modality,
+        "spec_digest": layout.info.spec.digest(),
+        "shard": shard,
+        "shard_frames": layout.info.shard_frames,
+        "frame_bytes": layout.frame_bytes,
+        "stride": layout.stride,
+    }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A committed shard whose footer and index were found sound. The frames themselves are not read yet.
+
+    Checksums are in ``crcs``, not in ``records``, and facts are left in the file: a store keeps one of these for every
+    shard that it has seen.
+    """
+
+    file: Path
+    identity: tuple[int, int, int]  # inode, size, mtime_ns: of the file this was read from
+    records: tuple[Record, ...]
+    present: npt.NDArray[np.bool_] = field(repr=False)  # [S]: the slots that hold a frame
+    crcs: npt.NDArray[np.uint32] = field(repr=False)  # [S]: crc32c of each frame; 0 where there is none
+
+    @property
+    def failed(self) -> tuple[Record, ...]:
+        """The videos that are recorded as failed."""
+        return tuple(record for record in self.records if not record.ok)
+
+    def record_at(self, slot: int) -> Record:
+        """The record of the part that this slot belongs to."""
+        return next(r for r in self.records if r.slot <= slot < r.slot + len(r.frame_index))
+
+
+def identity_of(status: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file is replaced or rewritten."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | None:
+    """The shard's footer, checked against its index, its size and the plan; None when there is no such file.
+
+    Raises:
+        CacheCorrupt: naming the file; ``kind`` is truncated, footer, index, wrong_spec, wrong_shard or wrong_videos.
+        CacheMismatch: the shard was written by a newer format version.
+    """
+    file = layout.info.shard_file(shard)
+    try:
+        descriptor = files.open_regular(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        status = os.fstat(descriptor)
+        document, index = _read_footer(file, layout, descriptor, status.st_size)
+    finally:
+        os.close(descriptor)
+    _check_identity(file, layout, shard, document)
+    records = _records(file, document)
+    if document.get("data_bytes") != used_slots(records) * layout.stride:
+        raise CacheCorrupt.of_shard(file, "has a damaged footer: segments do not fit data_bytes", kind="footer")
+    expected = [(part.segment.video_id, part.slot, part.frame_index) for part in parts]
+    if [(record.video_id, record.slot, record.frame_index) for record in records] != expected:
+        raise CacheCorrupt.of_shard(file, "holds other videos than the plan has for it", kind="wrong_videos")
+    if index != shard_index(layout, records):
+        raise CacheCorrupt.of_shard(file, "has an index that is damaged or contradicts its footer", kind="index")
+    return _slim(file, status, layout, records, parts)
+
+
+def _slim(
+    file: Path, status: os.stat_result, layout: Layout, records: Sequence[Record], parts: Sequence[Part]
+) -> Shard:
+    present = np.zeros(layout.info.shard_frames, np.bool_)
+    crcs = np.zeros(layout.info.shard_frames, np.uint32)
+    kept = []
+    for record, part in zip(records, parts, strict=True):
+        if record.ok:
+            present[part.slot : part.slot + part.count] = True
+            crcs[part.slot : part.slot + part.count] = record.crc32c
+        # The plan's tuple of frame indices is shared, not held twice.
+        kept.append(replace(record, frame_index=part.frame_index, crc32c=(), facts={}))
+    return Shard(file, identity_of(status), tuple(kept), present, crcs)
+
+
+def read_footer(layout: Layout, file: Path) -> dict[str, object]:
+    """The whole footer of a shard, facts and statistics included. Raises FileNotFoundError, CacheCorrupt."""
+    descriptor = files.open_regular(file)
+    try:
+        return _read_footer(file, layout, descriptor, os.fstat(descriptor).st_size)[0]
+    finally:
+        os.close(descriptor)
+
+
+def read_records(layout: Layout, file: Path) -> tuple[Record, ...]:
+    """The records of a footer, with checksums and facts. Raises FileNotFoundError, CacheCorrupt."""
+    return _records(file, read_footer(layout, file))
+
+
+def _records(file: Path, document: Mapping[str, object]) -> tuple[Record, ...]:
+    entries = document.get("segments")
+    try:
+        if not isinstance(entries, list):
+            raise ValueError("segments is not a list")
+        return tuple(Record.from_json(entry) for entry in entries)
+    except ValueError as error:
+        raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
+
+
+def read_stats(layout: Layout, file: Path) -> Moments:
+    """Count, mean and M2 over a shard's frames. Raises FileNotFoundError, CacheCorrupt."""
+    try:
+        return Moments.from_json(read_footer(layout, file).get("stats"), layout.info.spec.frame_shape)
+    except CacheCorrupt:
+        raise
+    except ValueError as error:
+        raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
+
+
+def _read_footer(file: Path, layout: Layout, descriptor: int, size: int) -> tuple[dict[str, object], bytes]:
+    tail_bytes = TRAILER.size + layout.index_bytes
+    if size < tail_bytes:
+        what = f"is {size} bytes long, too short for a shard: it was truncated"
+        raise CacheCorrupt.of_shard(file, what, kind="truncated")
+    tail = pread(descriptor, tail_bytes, size - tail_bytes)
+    trailer, index = tail[: TRAILER.size], tail[TRAILER.size :]
+    magic, version, footer_bytes, file_bytes, crc = TRAILER.unpack(trailer)
+    if magic != MAGIC:
+        what = "does not end with a shard trailer and index: it was truncated or overwritten"
+        raise CacheCorrupt.of_shard(file, what, kind="truncated")
+    if file_bytes != size or footer_bytes > min(size - tail_bytes, MAX_FOOTER_BYTES):
+        what = f"is {size} bytes long but says {file_bytes}: it was truncated or overwritten"
+        raise CacheCorrupt.of_shard(file, what, kind="truncated")
+    footer = pread(descriptor, footer_bytes, size - tail_bytes - footer_bytes)
+    if crc32c(trailer[:-4], crc32c(footer)) != crc:
+        raise CacheCorrupt.of_shard(file, "has a footer whose crc32c does not fit", kind="footer")
+    if version > FORMAT_VERSION:
+        raise newer_format(file, version)
+    try:
+        document = files.parse_json(footer)
+    except ValueError as error:
+        raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
+    if document.get("data_bytes") != size - tail_bytes - footer_bytes:
+        raise CacheCorrupt.of_shard(file, "has a footer that is not where its frames end", kind="footer")
+    return document, index
+
+
+def _check_identity(file: Path, layout: Layout, shard: int, document: Mapping[str, object]) -> None:
+    for name, value in _identity(layout, shard).items():
+        found = document.get(name)
+        if found != value:
+            kind = "wrong_shard" if name == "shard" else "wrong_spec"
+            what = f"says {name} = {found!r}, but {value!r} belongs here: it is another shard's file or was swapped"
+            raise CacheCorrupt.of_shard(file, what, kind=kind)
+
+
+def pread(descriptor: int, count: int, offset: int) -> bytes:
+    """Exactly ``count`` bytes, or fewer at the end of the file."""
+    chunks: list[bytes] = []
+    while count:
+        chunk = os.pread(descriptor, count, offset)
+        if not chunk:
+            break
+        chunks.append(chunk)
+        count, offset = count - len(chunk), offset + len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)

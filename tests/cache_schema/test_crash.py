@@ -1,0 +1,122 @@
+"""Real processes that are killed or race; what is left must be sound, and the end must be the same bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+
+import pytest
+
+from cache_schema import CacheError, FeatureStore, verify
+from tests.cache_schema.children import race, run_and_die, run_slowly
+from tests.cache_schema.makers import SPECS, WANTED, extract, features, tree
+
+CONTEXT = multiprocessing.get_context("forkserver")  # children start from a clean process that has the imports
+CONTEXT.set_forkserver_preload(["zarr", "tests.cache_schema.children"])
+FAILING = {"bad": {"dog": 1}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("crash") / "cache.zarr"
+    extract(path, list(SPECS), **FAILING)
+    return tree(path)
+
+
+def run(target, *args, **kwargs):
+    child = CONTEXT.Process(target=target, args=args, kwargs=kwargs)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def check_what_is_left(path, allowed=("missing",)):
+    """After a crash: every shard is whole or absent, and every frame that can be read is right."""
+    for modality in SPECS:
+        try:
+            store = FeatureStore.open(path, modality)
+        except CacheError as error:
+            assert "no cache" in str(error) or "holds no" in str(error)  # noqa: PT017
+            continue
+        assert {problem.kind for problem in verify.full(store)} <= set(allowed)
+        for video, status in store.status().items():
+            if status.ok:
+                assert (store.read(video, list(WANTED[video])) == features(modality, video, list(WANTED[video]))).all()
+
+
+def die_and_resume(path, die_at, uninterrupted):
+    assert run(run_and_die, path, die_at, **FAILING) == -9
+    check_what_is_left(path)
+    assert run(run_and_die, path, -1, **FAILING) == 0
+    assert tree(path) == uninterrupted
+
+
+def count_file_operations(path):
+    counter = CONTEXT.Value("i", 0)
+    assert run(run_and_die, path, -1, counter, **FAILING) == 0
+    return counter.value
+
+
+def test_killed_at_any_file_operation_and_resumed_the_store_is_byte_equal(tmp_path, uninterrupted):
+    total = count_file_operations(tmp_path / "whole")
+    assert total > 150
+    for die_at in range(3, total, total // 7):
+        die_and_resume(tmp_path / str(die_at), die_at, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_every_single_file_operation_and_resumed_the_store_is_byte_equal(tmp_path, uninterrupted):
+    for die_at in range(count_file_operations(tmp_path / "whole")):
+        die_and_resume(tmp_path / str(die_at), die_at, uninterrupted)
+
+
+def test_killed_ten_times_at_random_moments_and_resumed_the_store_is_byte_equal(tmp_path, uninterrupted):
+    rng, path, killed = random.Random(7), tmp_path / "cache.zarr", 0
+    for _ in range(10):
+        child = CONTEXT.Process(target=run_slowly, args=(path,), kwargs=FAILING)
+        child.start()
+        time.sleep(rng.uniform(0.05, 0.35))
+        child.kill()
+        child.join(60)
+        killed += child.exitcode == -9
+        check_what_is_left(path)
+    assert killed >= 3
+    assert run(run_slowly, path, **FAILING) == 0
+    assert tree(path) == uninterrupted
+
+
+def test_a_retry_that_is_killed_leaves_the_old_shard_and_can_be_run_again(tmp_path):
+    extract(tmp_path / "good", list(SPECS))
+    for die_at in (2, 17, 31):
+        path = tmp_path / str(die_at)
+        extract(path, list(SPECS), bad={"bee": 1, "cat": 11})
+        assert run(run_and_die, path, die_at, retry_failed=True) == -9
+        check_what_is_left(path, allowed=("videos_index",))  # the index still says that the video failed
+        assert run(run_and_die, path, -1, retry_failed=True) == 0
+        assert tree(path) == tree(tmp_path / "good")
+
+
+def test_two_writers_of_the_same_tasks_make_one_store_without_loss(tmp_path):
+    barrier, results = CONTEXT.Barrier(2), CONTEXT.Queue()
+    children = [CONTEXT.Process(target=race, args=(tmp_path / "cache.zarr", barrier, results, salt)) for salt in (1, 2)]
+    for child in children:
+        child.start()
+    reports = [dict(results.get(timeout=60)) for _ in children]
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    store = FeatureStore.open(tmp_path / "cache.zarr", "tokens")
+    assert reports[0].keys() == reports[1].keys()
+    for shards in reports[0]:
+        skipped = reports[0][shards] + reports[1][shards]
+        assert skipped == 1 or (
+            len(shards) > 1 and skipped == 0
+        )  # of a run each may win some shards; the bytes are equal
+    assert verify.full(store) == []
+    assert not list(tmp_path.rglob("*.partial"))
+    for video, index in {**WANTED, "extra1": [1], "extra2": [2]}.items():
+        assert (store.read(video, list(index), verify=True) == features("tokens", video, list(index))).all()
+    assert len(list((tmp_path / "cache.zarr/plan").glob("0*.json"))) == 2
