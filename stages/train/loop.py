@@ -150,7 +150,7 @@ class Trainer:
             raise TrainingDiverged(
                 f"loss became {float(loss.detach())} (parts: {logged}); lower train.lr or train.lambda_kd"
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return logged
 
     def step(self, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, float]:

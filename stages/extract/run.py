@@ -1,0 +1,258 @@
+"""Extraction: from video files to committed shards, inline or on Dask workers.
+
+One task is one shard, or the shards of one long video. It is a pure function of (job, task) and publishes by itself,
+so it does not matter who runs it, how often, or in what order; a task that somebody else finished does nothing.
+Workers return a small report, never features.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from cache_schema.plan import Segment, Task
+from cache_schema.spec import FeatureSpec
+from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult, write_tasks_together
+from stages.config import PipelineConfig
+from stages.data.frames import open_source
+from stages.types import FrameSource, FrozenEncoder, VideoRejected
+
+Progress = Callable[[int, int, str], None]
+TASKS_AHEAD = 2  # queued per Dask worker: enough to keep it busy, few enough that nothing is stolen and run twice
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a worker needs to know; small, and pickled by Dask.
+
+    Args:
+        config: the complete configuration.
+        builder: import string of the encoder's ``build`` (a line of pipeline.registry).
+        cache: path of the store.
+        device: torch device of the encoder.
+        help_command: what to type when the cache does not fit.
+    """
+
+    config: PipelineConfig
+    builder: str
+    cache: Path
+    device: str
+    help_command: str = ""
+
+
+@dataclass
+class ExtractionReport:
+    """What an extraction did: ``videos`` were asked for; of them the cache now holds ``frames``."""
+
+    videos: int = 0  # asked for
+    frames: int = 0
+    skipped: int = 0  # of videos: those that were cached before
+    failures: dict[str, str] = field(default_factory=dict)  # video -> reason
+    missing: tuple[str, ...] = ()  # asked for, but the source has nothing under the id
+    clamped: int = 0  # frames past the end of a video, answered with its last one
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """The keys that ``--json`` promises, and what else is known."""
+        failures = dict(self.failures) | dict.fromkeys(self.missing, "no such video in data.videos")
+        return {
+            "videos": self.videos,
+            "frames": self.frames,
+            "failed": len(failures),
+            "skipped": self.skipped,
+            "failures": [{"video": video, "reason": reason} for video, reason in sorted(failures.items())],
+            "missing": len(self.missing),
+            "clamped_frames": self.clamped,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@functools.lru_cache(maxsize=1)
+def worker(job: Job) -> tuple[FrameSource, FrozenEncoder, dict[str, FeatureStore]]:
+    """The open source, encoder and stores of this process; built once per job."""
+    source = open_source(job.config.data)
+    module, _, name = job.builder.partition(":")
+    build = getattr(importlib.import_module(module), name)
+    encoder: FrozenEncoder = build(job.config, device=job.device, frame_rule=source.frame_rule, decoder=source.decoder)
+    return source, encoder, open_stores(job, encoder.specs)
+
+
+def open_stores(job: Job, specs: Mapping[str, FeatureSpec]) -> dict[str, FeatureStore]:
+    """Create or open one store per modality. Raises CacheMismatch when an existing one was made otherwise."""
+    return {
+        modality: FeatureStore.create(
+            job.cache,
+            modality,
+            spec,
+            shard_frames=job.config.extract.shard_frames,
+            help_command=job.help_command,
+        )
+        for modality, spec in specs.items()
+    }
+
+
+def run_task(job: Job, task: Task, on_video: Callable[[str], None] = lambda _: None) -> dict[str, int]:
+    """Extract one task and publish it; returns counts only. Safe to run twice, and in two places at once."""
+    source, encoder, stores = worker(job)
+
+    def produce(segment: Segment) -> SegmentResult[Mapping[str, np.ndarray]]:
+        def batches() -> Iterator[Mapping[str, np.ndarray]]:
+            index = np.asarray(segment.frame_index)
+            try:
+                for frames in source.frames(segment.video_id, index, batch_size=job.config.extract.batch_size):
+                    yield encoder(frames)
+            except VideoRejected as rejected:
+                raise SegmentFailed(rejected.kind, rejected.reason) from rejected
+            finally:
+                on_video(segment.video_id)
+
+        return SegmentResult(batches(), facts=lambda: asdict(source.facts(segment.video_id)))
+
+    reports = write_tasks_together(stores, task, produce)
+    return {"videos": len(task.segments), "frames": max(report.frames for report in reports.values())}
+
+
+def specs_of(job: Job) -> dict[str, FeatureSpec]:
+    """The specs of the job's encoder (a Dask worker answers this, so that the client needs no copy of the weights)."""
+    return worker(job)[1].specs
+
+
+def extract(
+    job: Job,
+    wanted: Mapping[str, Int[np.ndarray, " n"]],
+    *,
+    workers: int = 0,
+    retry_failed: bool = False,
+    progress: Progress = lambda *_: None,
+) -> ExtractionReport:
+    """Bring every wanted frame into the cache; what is there already is not touched.
+
+    Args:
+        wanted: video -> sorted unique frame indices.
+        workers: Dask worker processes; 0 runs in this process.
+        retry_failed: try the quarantined videos again.
+        progress: called with (videos done, videos to do, name).
+
+    Raises:
+        cache_schema.errors.CacheMismatch: the store at this path was made with other settings.
+        OSError: the disk is full, or cannot be written; nothing committed is harmed.
+    """
+    started = time.monotonic()
+    source = open_source(job.config.data)
+    try:
+        missing = tuple(video for video in sorted(wanted) if not source.has(video))
+    finally:
+        source.close()
+    present = {video: frames for video, frames in wanted.items() if video not in set(missing)}
+    with _Engine(job, workers) as engine:
+        stores = list(open_stores(job, engine.specs()).values())
+        if present:
+            stores[0].extend_plan(present)
+        before = set(present) - set(_gaps(stores, present))
+        tasks = _pending(stores, present, retry_failed=retry_failed)
+        engine.run(tasks, progress)
+        for store in stores:
+            store.finalize()
+    report = ExtractionReport(missing=missing, seconds=time.monotonic() - started)
+    for video, gap in _gaps(stores, present).items():
+        report.failures[video] = gap
+    done = [video for video in present if video not in report.failures]
+    report.videos, report.frames = len(wanted), sum(len(present[video]) for video in done)
+    report.skipped = len(before & set(done))
+    report.clamped = sum(_clamped(stores[0].facts(video)) for video in done)
+    return report
+
+
+def _gaps(stores: Sequence[FeatureStore], wanted: Mapping[str, Int[np.ndarray, " n"]]) -> dict[str, str]:
+    """Video -> why some modality lacks some of its frames."""
+    gaps: dict[str, str] = {}
+    for store in stores:
+        for video, gap in store.missing(wanted).items():
+            gaps.setdefault(video, gap.reason or str(gap))
+    return gaps
+
+
+def _clamped(facts: Mapping[str, object]) -> int:
+    count = facts.get("clamped", 0)
+    return count if isinstance(count, int) else 0
+
+
+def _pending(
+    stores: Sequence[FeatureStore], wanted: Mapping[str, Int[np.ndarray, " n"]], *, retry_failed: bool
+) -> list[Task]:
+    """Tasks that some store lacks and that hold a wanted video, in shard order, each once."""
+    tasks = {task.shards: task for store in stores for task in store.pending(retry_failed=retry_failed)}
+    return [tasks[key] for key in sorted(tasks) if any(s.video_id in wanted for s in tasks[key].segments)]
+
+
+class _Engine:
+    """Runs tasks inline, or on a local Dask cluster of ``workers`` processes."""
+
+    def __init__(self, job: Job, workers: int) -> None:
+        self.job, self.workers = job, workers
+
+    def __enter__(self) -> _Engine:
+        if self.workers:
+            from distributed import Client, LocalCluster
+
+            self.cluster = LocalCluster(
+                n_workers=self.workers, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+            )
+            self.client = Client(self.cluster)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.workers:
+            self.client.close()
+            self.cluster.close()
+        else:
+            if worker.cache_info().currsize:
+                worker(self.job)[0].close()
+            worker.cache_clear()
+
+    def specs(self) -> dict[str, FeatureSpec]:
+        if self.workers:
+            specs: dict[str, FeatureSpec] = self.client.submit(specs_of, self.job, pure=False).result()
+            return specs
+        return specs_of(self.job)
+
+    def run(self, tasks: Sequence[Task], progress: Progress) -> None:
+        """Run all; raises what a task raised."""
+        total = sum(len(task.segments) for task in tasks)
+        done = 0
+        if not self.workers:
+
+            def count(video: str) -> None:
+                nonlocal done
+                done += 1
+                progress(min(done, total), total, video)
+
+            for task in tasks:
+                run_task(self.job, task, count)
+            return
+        from distributed import as_completed
+
+        waiting = iter(tasks)
+        futures = as_completed(
+            [self._submit(task) for task in _take(waiting, TASKS_AHEAD * self.workers)], with_results=True
+        )
+        for _, result in futures:
+            done += result["videos"]
+            progress(done, total, "")
+            for task in _take(waiting, 1):
+                futures.add(self._submit(task))
+
+    def _submit(self, task: Task) -> object:
+        # A task may run again after its worker died, even when it had finished: it then finds its shard committed.
+        return self.client.submit(run_task, self.job, task, key=f"shard-{task.shards[0]:06}", pure=False, retries=3)
+
+
+def _take(tasks: Iterator[Task], count: int) -> list[Task]:
+    return [task for _, task in zip(range(count), tasks, strict=False)]
