@@ -76,7 +76,7 @@ run_tests() {
                         ruff format --check .
     say "mypy";         mypy
     say "import rules"; lint-imports
-    say "tests";        python -m pytest "$@"
+    say "tests";        python -m pytest -n 2 --dist loadfile "$@"
 }
 
 # Exit code 3: some videos failed. Training decides whether it can do without them.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Before torch is imported: idle OpenMP threads sleep instead of spinning, which on shared cores is ten times cheaper.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the sizes here are small, and two test processes share the cores
 
 import pytest
 

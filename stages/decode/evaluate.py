@@ -1,0 +1,162 @@
+"""Evaluation: answer every question once, write each answer down as it comes, score what was written.
+
+``predictions.jsonl`` is the result; every number of the report follows from it (``rescore``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.data.samples import Batch
+from stages.decode.metrics import Match, Prediction, Report, score
+from stages.types import Decoder, Sample
+
+
+def evaluate(
+    student_fn: Callable[[Batch], Float[Tensor, "B Q V"]],
+    decoder: Decoder,
+    batches: Iterable[Batch],
+    *,
+    write: Path,
+    log: Callable[[int], None] = lambda _done: None,
+    run: str = "",
+) -> list[Prediction]:
+    """Answer every sample and append the answers to ``write``.
+
+    Samples that ``write`` already answers for the same ``run`` are not answered again; predictions of another run are
+    moved aside to ``<write>.old``. Killing this at any moment loses at most the batch in work.
+
+    Args:
+        student_fn: batch -> prefix. Called without gradients; putting the student into eval mode is the caller's part.
+        decoder: the frozen language model.
+        batches: the samples with their features. Leave out what ``resume`` returns to save reading its features.
+        write: the predictions file.
+        log: told the number of samples done so far, after every batch.
+        run: names the checkpoint and every setting that changes an answer, for example a digest of both.
+
+    Returns:
+        One prediction per sample, in the order of ``batches``.
+
+    Raises:
+        ValueError: a sample id occurs twice; ``write`` holds another question under the same id and run, or a
+            damaged line; the student gives a prefix that is not finite.
+    """
+    done = resume(write, run)
+    seen: set[str] = set()
+    result: list[Prediction] = []
+    with write.open("ab") as file:
+        for batch in batches:
+            for sample in batch.samples:
+                if sample.sample_id in seen:
+                    raise ValueError(f"sample id {sample.sample_id!r} occurs twice in this evaluation")
+                seen.add(sample.sample_id)
+            open_rows = [row for row, sample in enumerate(batch.samples) if sample.sample_id not in done]
+            if open_rows:
+                for prediction in _answer(student_fn, decoder, batch, open_rows, run):
+                    done[prediction.sample_id] = prediction
+                    file.write(_line(prediction))
+                file.flush()
+            result += [_checked(done[sample.sample_id], sample, write) for sample in batch.samples]
+            log(len(result))
+        os.fsync(file.fileno())
+    return result
+
+
+def resume(path: Path, run: str = "") -> dict[str, Prediction]:
+    """Answers that ``path`` already holds for ``run``, by sample id; makes the file ready to append to.
+
+    A half-written last line is cut off. A file of another run is renamed to ``<path>.old`` (one is kept).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return {}
+    whole = _whole_lines(path.read_bytes())
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
+    predictions = read_predictions(path)
+    if any(p.run != run for p in predictions):
+        os.replace(path, path.with_name(path.name + ".old"))
+        return {}
+    return {p.sample_id: p for p in predictions}
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Read a predictions file; a half-written last line is left out.
+
+    Raises:
+        ValueError: a line is not a prediction, or a sample id occurs twice; names file and line.
+    """
+    raw = path.read_bytes()
+    result: dict[str, Prediction] = {}
+    for number, line in enumerate(raw[: _whole_lines(raw)].splitlines(), start=1):
+        try:
+            prediction = _parse(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is not a prediction: {error}\nMove the file away and evaluate again."
+            ) from error
+        if prediction.sample_id in result:
+            raise ValueError(f"{path}, line {number} answers {prediction.sample_id!r} a second time")
+        result[prediction.sample_id] = prediction
+    return list(result.values())
+
+
+def rescore(path: Path, match: Match, *, train_majority: str | None = None) -> Report:
+    """Score a predictions file again, without any model."""
+    return score(read_predictions(path), match, train_majority=train_majority)
+
+
+def _answer(
+    student_fn: Callable[[Batch], Tensor], decoder: Decoder, batch: Batch, rows: list[int], run: str
+) -> list[Prediction]:
+    with torch.no_grad():
+        prefix = student_fn(batch)[rows]
+    samples = [batch.samples[row] for row in rows]
+    broken = [s.sample_id for s, ok in zip(samples, prefix.isfinite().all(-1).all(-1).tolist(), strict=True) if not ok]
+    if broken:
+        raise ValueError(f"the student's prefix is not finite for samples {broken[:5]}; the checkpoint has diverged")
+    answers = decoder.generate(prefix, [sample.prompt for sample in samples])
+    return [
+        Prediction(s.sample_id, s.video_id, s.group, s.prompt, s.answer, tuple(beams), run)
+        for s, beams in zip(samples, answers, strict=True)
+    ]
+
+
+def _checked(prediction: Prediction, sample: Sample, path: Path) -> Prediction:
+    asked = (sample.video_id, sample.group, sample.prompt, sample.answer)
+    if asked != (prediction.video_id, prediction.group, prediction.prompt, prediction.answer):
+        raise ValueError(
+            f"{path} holds another question under the sample id {sample.sample_id!r}.\n"
+            f"Move the file away, or write to another folder with --out."
+        )
+    return prediction
+
+
+def _line(prediction: Prediction) -> bytes:
+    """ASCII JSON: control characters, line separators and lone surrogates are escaped, so one record is one line."""
+    return json.dumps(asdict(prediction), ensure_ascii=True).encode("ascii") + b"\n"
+
+
+def _parse(line: bytes) -> Prediction:
+    values = json.loads(line)
+    names = {field.name for field in fields(Prediction)}
+    if not isinstance(values, dict) or not names - {"run"} <= values.keys() <= names:
+        raise ValueError(f"expected the keys {', '.join(sorted(names))}")
+    beams = values.pop("beams")
+    texts = [*values.values(), *beams] if isinstance(beams, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("every value is text, and beams is a list of texts")
+    return Prediction(**values, beams=tuple(beams))
+
+
+def _whole_lines(raw: bytes) -> int:
+    """Length of the part of a file that ends with its last line break."""
+    return raw.rfind(b"\n") + 1
