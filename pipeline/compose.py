@@ -348,7 +348,12 @@ def evaluate(
         log=lambda done: progress(len(answered) + done, len(data), split),
         run=made_by,
     )
-    return _report(config, dataset, found, split, write, published) | {
+    report = _report(config, dataset, found, split, write, published)
+    never = decoder.unreachable([sample.answer for sample in found.samples])
+    if never:
+        shown = ", ".join(map(repr, never[:5]))
+        report["warnings"].append(f"{len(never)} answers need more than decode.max_new_tokens, such as {shown}")
+    return report | {
         "checkpoint": loaded.path.name,
         "predictions": str(write),
         "resumed": len(answered),

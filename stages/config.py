@@ -21,7 +21,7 @@ class Config(BaseModel):
 
 
 def parse_levels(value: object) -> object:
-    """Level lists as a user types them: ``13``, ``"8-13"``, ``"1-7"``, ``"1,5,9"``, ``"all"``, or a sequence of ints."""
+    """Level lists as a user types them: ``13``, ``"8-13"``, ``"1,5,9"``, ``"all"``, or a sequence of ints."""
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     if not isinstance(value, str):

@@ -157,5 +157,8 @@ class Decoder(Protocol):
     def count_answer_tokens(self, answers: Sequence[str]) -> int:
         """The number of answer tokens ``loss_sum`` would count, without running the model."""
 
+    def unreachable(self, answers: Sequence[str]) -> list[str]:
+        """The distinct answers that ``generate`` can never give, such as those longer than its limit."""
+
     def generate(self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str]) -> list[list[str]]:
         """Per sample the returned beams, best first, as stripped text."""

@@ -158,8 +158,7 @@ def extract(
         before = set(present) - set(_gaps(stores, present))
         tasks = _pending(stores, present, retry_failed=retry_failed)
         engine.run(tasks, progress)
-        for store in stores:
-            store.finalize()
+        stores[0].finalize()
     report = ExtractionReport(missing=missing, seconds=time.monotonic() - started)
     for video, gap in _gaps(stores, present).items():
         report.failures[video] = gap
