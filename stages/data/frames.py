@@ -1,4 +1,4 @@
-"""Where decoded frames come from. The door of this room: everything else about frames is behind it.
+"""Where decoded frames come from. The door of this room: everything else about frames is in sources/.
 
 =================  =====================================  ==========================================
 source             an id is                               frames
@@ -9,8 +9,8 @@ source             an id is                               frames
 =================  =====================================  ==========================================
 
 All of them are a ``stages.types.FrameSource``: grid index i is the picture on screen i/fps seconds after the first one
-(frame_grid.py); up to two indices past the end are answered with the last frame and counted; everything that gives no
-trustworthy frames is a ``VideoRejected`` with one of the kinds in REJECTION_KINDS.
+(sources/frame_grid.py). Up to two indices past the end are answered with the last frame and counted. Everything that
+gives no trustworthy frames is a ``VideoRejected`` with one of the kinds in REJECTION_KINDS.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.config import DataConfig
-from stages.data.frame_folders import FrameFolders
 from stages.data.ids import safe_id
-from stages.data.tars import WebDatasetTars
-from stages.data.video_files import VideoFiles
+from stages.data.sources.frame_folders import FrameFolders
+from stages.data.sources.tars import WebDatasetTars
+from stages.data.sources.video_files import VideoFiles
 
 REJECTION_KINDS = {
     "ambiguous_id": "two files, folders or tar members answer to the id",

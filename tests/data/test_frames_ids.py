@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.data.frames import VideoFiles, list_videos
-from stages.data.video_process import DecoderProcess
+from stages.data.sources.video_process import DecoderProcess
 from tests.data.barcode import write_video
 from tests.data.test_frames_folders import numbers, refused
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.data import video_process
-from stages.data.frame_grid import Rejected
 from stages.data.frames import VideoFiles
-from stages.data.video_process import DecoderProcess, VideoDecoder, VideoLimits, VideoPart
+from stages.data.sources import video_process
+from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.video_process import DecoderProcess, VideoDecoder, VideoLimits, VideoPart
 from stages.types import VideoRejected
 from tests.data.barcode import MILLISECONDS, number_in, write_video
 
@@ -170,7 +170,7 @@ def test_a_parent_that_is_killed_leaves_no_process(moment, tmp_path):
 def test_the_kernels_timer_ends_a_process_that_never_returns_to_python():
     program = """
         import ctypes
-        from stages.data.video_child import Timer
+        from stages.data.sources.video_child import Timer
         Timer(0.3)
         ctypes.PyDLL(None).sleep(30)  # PyDLL keeps the interpreter lock, as a hanging decoder may
     """
@@ -183,7 +183,7 @@ def test_the_kernels_timer_ends_a_process_that_never_returns_to_python():
 def test_the_process_imports_nothing_that_is_not_needed_to_decode():
     program = """
         import sys
-        import stages.data.video_child
+        import stages.data.sources.video_child
         heavy = {"torch", "zarr", "pydantic", "jaxtyping", "PIL", "webdataset", "stages.types", "stages.config"}
         sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
     """

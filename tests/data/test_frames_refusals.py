@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.data import video_timeline
-from stages.data.frame_grid import Rejected
 from stages.data.frames import REJECTION_KINDS, VideoFiles
-from stages.data.video_process import DecoderProcess
-from stages.data.video_sniff import open_window
-from stages.data.video_timeline import Limits, open_container
+from stages.data.sources import video_timeline
+from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.video_process import DecoderProcess
+from stages.data.sources.video_sniff import open_window
+from stages.data.sources.video_timeline import Limits, open_container
 from stages.types import VideoRejected
 from tests.data.barcode import MILLISECONDS, number_in, picture, write_video
 

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages.data.frame_grid import CLAMP_STEPS, Rejected, as_rate, count_clamped, grid_count, ticks_at
 from stages.data.frames import VideoFiles
-from stages.data.video_decode import REORDER_DEPTH, in_order, refuse_gap
-from stages.data.video_process import DecoderProcess
-from stages.data.video_rgb import as_displayed
-from stages.data.video_timeline import Timeline
+from stages.data.sources.frame_grid import CLAMP_STEPS, Rejected, as_rate, count_clamped, grid_count, ticks_at
+from stages.data.sources.video_decode import REORDER_DEPTH, in_order, refuse_gap
+from stages.data.sources.video_process import DecoderProcess
+from stages.data.sources.video_rgb import as_displayed
+from stages.data.sources.video_timeline import Timeline
 from stages.types import FrameSource, VideoRejected
 from tests.data.barcode import H264_CLOCK, HEIGHT, MILLISECONDS, WIDTH, number_in, on_screen, picture, write_video
 

@@ -18,8 +18,8 @@ import pytest
 
 from stages.config import DataConfig
 from stages.data.frames import FrameFolders, VideoFiles, WebDatasetTars, list_videos, open_source
-from stages.data.tar_index import split_key
-from stages.data.video_process import DecoderProcess
+from stages.data.sources.tar_index import split_key
+from stages.data.sources.video_process import DecoderProcess
 from stages.types import FrameSource, VideoRejected
 from tests.data.barcode import MILLISECONDS, write_video
 from tests.data.test_frames_folders import jpeg, numbers, refused, write_frames

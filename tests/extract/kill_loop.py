@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import stages.extract.clip  # noqa: F401 - imported here once, not in every fork
 from stages.config import PipelineConfig
 from stages.extract.run import Job, extract
 from tests.extract.conftest import BUILDERS, wanted

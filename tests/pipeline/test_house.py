@@ -158,7 +158,7 @@ def test_an_interrupted_installation_is_begun_anew(copy: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "interrupted; beginning anew" in again.stderr
     assert not (copy / ".venv" / "left over").exists()
-    assert again.stdout.splitlines()[-1] == "pytest -k one"
+    assert again.stdout.splitlines()[-1] == "pytest -n 2 --dist loadfile -k one"
 
 
 def test_an_environment_of_somebody_else_is_added_to_not_removed(copy: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError, features
 
-from stages.data.frame_grid import EPSILON, Rejected, as_rate, count_clamped, grid_count
+from stages.data.sources.frame_grid import EPSILON, Rejected, as_rate, count_clamped, grid_count
 from stages.types import SourceFacts
 
 FOLDER_FPS = 10.0  # MA-LMM: ffmpeg -r 10

@@ -11,7 +11,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from stages.data.frame_grid import Rejected
+from stages.data.sources.frame_grid import Rejected
 
 HEAD_BYTES = 4096
 IMAGE_MAGIC = {

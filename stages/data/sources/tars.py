@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from stages.data.folder_ids import key_of, refuse_bad_id
-from stages.data.frame_grid import Rejected
-from stages.data.image_frames import FOLDER_FPS, ImageSequence, StoredFrame, image_decoder, image_rule
-from stages.data.picture_batches import LastRead, checked_index, in_batches
-from stages.data.tar_index import SkippedMember, TarVideo, add_tar
-from stages.data.video_files import VideoReader, video_rule
-from stages.data.video_process import VideoLimits, VideoPart
+from stages.data.sources.folder_ids import key_of, refuse_bad_id
+from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.image_frames import FOLDER_FPS, ImageSequence, StoredFrame, image_decoder, image_rule
+from stages.data.sources.picture_batches import LastRead, checked_index, in_batches
+from stages.data.sources.tar_index import SkippedMember, TarVideo, add_tar
+from stages.data.sources.video_files import VideoReader, video_rule
+from stages.data.sources.video_process import VideoLimits, VideoPart
 from stages.types import SourceFacts, VideoRejected
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from stages.data.frame_grid import Rejected, count_clamped, grid_count, ticks_at
-from stages.data.video_rgb import Rgb, ToRgb
-from stages.data.video_sniff import Window
-from stages.data.video_timeline import (
+from stages.data.sources.frame_grid import Rejected, count_clamped, grid_count, ticks_at
+from stages.data.sources.video_rgb import Rgb, ToRgb
+from stages.data.sources.video_sniff import Window
+from stages.data.sources.video_timeline import (
     TS_DISCONT,
     Limits,
     Timeline,

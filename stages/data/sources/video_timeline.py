@@ -18,8 +18,8 @@ from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
-from stages.data.frame_grid import Rejected
-from stages.data.video_sniff import Boxes, Window, walk_boxes, why_unknown
+from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.video_sniff import Boxes, Window, walk_boxes, why_unknown
 
 # Demuxers that read one file and nothing else. No playlist, image, device, network or raw elementary format.
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,ivf"

@@ -18,7 +18,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from stages.data.frame_grid import Rejected
+from stages.data.sources.frame_grid import Rejected
 
 Rgb = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 QUARTER_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # display matrices, counterclockwise

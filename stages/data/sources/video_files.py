@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from stages.data.folder_ids import FolderIds, is_video_name, without_suffix
-from stages.data.frame_grid import Rejected
-from stages.data.picture_batches import LastRead, checked_index, in_batches
-from stages.data.video_process import ReadFacts, VideoDecoder, VideoLimits, VideoPart
+from stages.data.sources.folder_ids import FolderIds, is_video_name, without_suffix
+from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.picture_batches import LastRead, checked_index, in_batches
+from stages.data.sources.video_process import ReadFacts, VideoDecoder, VideoLimits, VideoPart
 from stages.types import SourceFacts, VideoRejected
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The decoder process: ``python -m stages.data.video_child``, started by video_process.py, never by hand.
+"""The decoder process: ``python -m stages.data.sources.video_child``, started by video_process.py, never by hand.
 
 It reads hostile files with C libraries, so it holds nothing worth taking, may be killed at any moment, and says
 everything by messages (video_wire.py). Requests come on stdin, answers go to stdout:
@@ -29,11 +29,11 @@ from typing import Any
 import av
 from av.error import FFmpegError
 
-from stages.data.frame_grid import Rejected, as_rate
-from stages.data.video_decode import Selection, count_grid_frames
-from stages.data.video_sniff import Window, open_window, refuse_what_is_no_video
-from stages.data.video_timeline import Limits
-from stages.data.video_wire import Message, receive, send
+from stages.data.sources.frame_grid import Rejected, as_rate
+from stages.data.sources.video_decode import Selection, count_grid_frames
+from stages.data.sources.video_sniff import Window, open_window, refuse_what_is_no_video
+from stages.data.sources.video_timeline import Limits
+from stages.data.sources.video_wire import Message, receive, send
 
 GRACE_S = 10.0  # the parent kills at timeout_s; the kernel's timer only has to end an orphan
 HASH_BLOCK = 1 << 20

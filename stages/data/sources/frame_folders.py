@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from stages.data.folder_ids import FolderIds
-from stages.data.frame_grid import Rejected
-from stages.data.image_frames import (
+from stages.data.sources.folder_ids import FolderIds
+from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.image_frames import (
     FOLDER_FPS,
     MAX_JPEG_BYTES,
     ImageSequence,
@@ -21,7 +21,7 @@ from stages.data.image_frames import (
     image_rule,
     number_of,
 )
-from stages.data.picture_batches import LastRead, checked_index, in_batches
+from stages.data.sources.picture_batches import LastRead, checked_index, in_batches
 from stages.types import SourceFacts, VideoRejected
 
 

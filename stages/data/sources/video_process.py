@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from stages.data.frame_grid import Rejected
-from stages.data.video_wire import Message, header_of, receive
+from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.video_wire import Message, header_of, receive
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 START_S = 120.0  # to import PyAV on a slow, busy network disk
 MEMORY_BYTES = 8 << 30  # address space: 8K video with 16 reference and 16 held pictures fits
 KNOWN_PYAV = ("18.", "19.")
@@ -80,7 +80,7 @@ class DecoderProcess:
         kept = {name: value for name, value in os.environ.items() if name in ENVIRONMENT or name.startswith("PYTHON")}
         paths = [str(PROJECT), *filter(None, [kept.get("PYTHONPATH")])]
         self.popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", "stages.data.video_child", str(MEMORY_BYTES)],
+            [sys.executable, "-P", "-m", "stages.data.sources.video_child", str(MEMORY_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -102,7 +102,7 @@ class DecoderProcess:
         except (DecoderGone, OutOfTime) as error:
             raise RuntimeError(
                 f"the video decoder process does not start ({error}). See why:\n"
-                f"  {sys.executable} -m stages.data.video_child {MEMORY_BYTES} < /dev/null"
+                f"  {sys.executable} -m stages.data.sources.video_child {MEMORY_BYTES} < /dev/null"
             ) from error
         self.libraries = {name: str(value) for name, value in ready.items()}
         if not self.libraries.get("pyav", "").startswith(KNOWN_PYAV):

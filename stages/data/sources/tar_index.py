@@ -13,10 +13,10 @@ import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.data.folder_ids import VIDEO_SUFFIX, key_of
 from stages.data.ids import unsafe_reason
-from stages.data.image_frames import MAX_JPEG_BYTES, number_of
-from stages.data.video_process import VideoPart
+from stages.data.sources.folder_ids import VIDEO_SUFFIX, key_of
+from stages.data.sources.image_frames import MAX_JPEG_BYTES, number_of
+from stages.data.sources.video_process import VideoPart
 
 
 @dataclass(frozen=True)

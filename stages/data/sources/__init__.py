@@ -1,0 +1,1 @@
+"""One file per kind of frame source, and what they share; the door is ``stages/data/frames.py``."""
