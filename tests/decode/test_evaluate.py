@@ -190,6 +190,9 @@ class Parrot:
     def generate(self, prefix: Tensor, prompts: Sequence[str]) -> list[list[str]]:
         return [[prompt] for prompt, _ in zip(prompts, prefix, strict=True)]
 
+    def unreachable(self, answers: Sequence[str]) -> list[str]:
+        raise AssertionError(f"evaluation does not ask: {answers}")
+
 
 def test_any_text_in_a_beam_survives_the_file(tmp_path: Path) -> None:
     asked = batch(*(sample(i, answer=text, prompt=text) for i, text in enumerate(HOSTILE)))
