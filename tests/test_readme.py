@@ -49,7 +49,7 @@ def test_every_command_parses_and_names_real_settings(command: str) -> None:
         name, subcommand, rest = group.resolve_command(context, list(words))  # type: ignore[attr-defined]
         with subcommand.make_context(name, rest, parent=context) as parsed:
             preset = parsed.params.get("preset") or "miniature"
-            apply(presets.get(preset), parsed.params.get("sets") or [])
+            assert apply(presets.get(preset), parsed.params.get("sets") or []).preset == preset
 
 
 def test_every_preset_named_exists_and_every_preset_is_named() -> None:

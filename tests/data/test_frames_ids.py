@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from stages.data.frames import VideoFiles, list_videos
-from stages.data.sources.video_process import DecoderProcess
 from tests.data.barcode import write_video
 from tests.data.test_frames_folders import numbers, refused
 
 CFR = [k * 3600 for k in range(60)]
-
-
-@pytest.fixture(scope="module")
-def spare() -> Iterator[list[DecoderProcess]]:
-    processes: list[DecoderProcess] = []
-    yield processes
-    for process in processes:
-        process.kill()
-
-
-@pytest.fixture
-def open_folder(tmp_path: Path, spare: list[DecoderProcess]) -> Callable[..., VideoFiles]:
-    def make(folder: Path = tmp_path, *, follow_symlinks: bool = False) -> VideoFiles:
-        source = VideoFiles(folder, fps=10, follow_symlinks=follow_symlinks)
-        source._reader.decoder.idle = spare
-        return source
-
-    return make
 
 
 def frames(source: VideoFiles, video_id: str) -> list[int]:

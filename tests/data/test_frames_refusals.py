@@ -6,7 +6,7 @@ import os
 import random
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from PIL import Image
 from stages.data.frames import REJECTION_KINDS, VideoFiles
 from stages.data.sources import video_timeline
 from stages.data.sources.frame_grid import Rejected
-from stages.data.sources.video_process import DecoderProcess
 from stages.data.sources.video_sniff import open_window
 from stages.data.sources.video_timeline import Limits, open_container
 from stages.types import VideoRejected
@@ -27,24 +26,6 @@ from tests.data.barcode import MILLISECONDS, number_in, picture, write_video
 CFR = [k * 3600 for k in range(60)]  # 2.4 s
 LONG = [k * 9000 for k in range(100)]  # 10 s at 10 fps
 LONG_MS = [k * 100 for k in range(100)]
-
-
-@pytest.fixture(scope="module")
-def spare() -> Iterator[list[DecoderProcess]]:
-    processes: list[DecoderProcess] = []
-    yield processes
-    for process in processes:
-        process.kill()
-
-
-@pytest.fixture
-def open_folder(tmp_path: Path, spare: list[DecoderProcess]) -> Callable[..., VideoFiles]:
-    def make(folder: Path = tmp_path, **options: object) -> VideoFiles:
-        source = VideoFiles(folder, fps=10, **options)  # type: ignore[arg-type]
-        source._reader.decoder.idle = spare
-        return source
-
-    return make
 
 
 def refused(source: VideoFiles, video_id: str, index: object = (0,)) -> VideoRejected:

@@ -59,15 +59,6 @@ VIDEOS: dict[str, tuple[str, list[int], dict[str, object]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def spare() -> Iterator[list[DecoderProcess]]:
-    """Decoder processes that the tests of this file hand on, because starting one costs more than most tests."""
-    processes: list[DecoderProcess] = []
-    yield processes
-    for process in processes:
-        process.kill()
-
-
 @pytest.fixture
 def open_folder(tmp_path: Path, spare: list[DecoderProcess]) -> Callable[..., VideoFiles]:
     """Makes VideoFiles of tmp_path or another folder."""

@@ -49,14 +49,6 @@ def video(tmp_path: Path) -> bytes:
     return write_video(tmp_path / "files" / "abc.mp4", CFR).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def spare() -> Iterator[list[DecoderProcess]]:
-    processes: list[DecoderProcess] = []
-    yield processes
-    for process in processes:
-        process.kill()
-
-
 @pytest.fixture
 def opened(spare: list[DecoderProcess]) -> Iterator[Callable[[str | Path], WebDatasetTars]]:
     """Opens tars at 10 fps; the decoder processes are handed on from test to test."""

@@ -13,6 +13,7 @@ from pipeline.overrides import apply
 from stages.config import PipelineConfig
 from stages.extract.run import Job
 from stages.miniature.world import write_world
+from tests.extract import tiny
 
 BUILDERS = {"clip": "stages.extract.clip:build", "teacher": "stages.extract.dit:build"}
 
@@ -23,6 +24,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     write_world(folder, videos=8, seed=1)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty local hub cache, and no network."""
+    return tiny.empty_hub(tmp_path, monkeypatch)
 
 
 @pytest.fixture

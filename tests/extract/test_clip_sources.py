@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,13 @@ from transformers import InstructBlipVisionConfig, InstructBlipVisionModel
 from stages.config import ClipConfig
 from stages.extract import clip
 from stages.types import FrozenEncoder
-from tests.extract import tiny
 from tests.extract.tiny import cached, frames
 from tests.extract.tiny_clip import MODELS, VIT, build, checkpoint, config, described, hooked, register_models
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    yield from tiny.one_thread()
-
-
-@pytest.fixture(scope="module", autouse=True)
 def toy_models(tmp_path_factory: pytest.TempPathFactory) -> None:
     register_models(tmp_path_factory.mktemp("open_clip"))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return tiny.empty_hub(tmp_path, monkeypatch)
 
 
 # ---------------------------------------------------------------- InstructBLIP

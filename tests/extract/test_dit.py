@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from stages.extract import dit
 from stages.extract.resize import Resize
 from stages.types import FrozenEncoder
-from tests.extract import tiny
 from tests.extract.tiny import frames
 from tests.extract.tiny_dit import build, copied, hooked, latents_of, rewrite, save_pipeline, whole
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    yield from tiny.one_thread()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,8 @@ from safetensors.torch import load_file, save_file
 from stages.config import PipelineConfig
 from stages.extract import dit
 from stages.weights import WeightsMissing, WeightsRefused
-from tests.extract import tiny
 from tests.extract.tiny import Touch, cached, frames
 from tests.extract.tiny_dit import build, config, copied, rewrite, save_pipeline
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    yield from tiny.one_thread()
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +25,6 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(pipeline: Path, tmp_path: Path) -> Path:
     return copied(pipeline, tmp_path / "copy")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return tiny.empty_hub(tmp_path, monkeypatch)
 
 
 # ---------------------------------------------------------------- layouts of the hubs

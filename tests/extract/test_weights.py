@@ -28,7 +28,6 @@ from stages.weights import (
     weights_digest,
     without_weights,
 )
-from tests.extract import tiny
 from tests.extract.tiny import Touch, cached
 
 TENSORS = {
@@ -56,11 +55,6 @@ def write_shards(folder: Path, suffix: str, stem: str) -> Path:
 def sharded(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     stem = "model" if request.param == "safetensors" else "pytorch_model"
     return write_shards(tmp_path / "sharded", request.param, stem)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return tiny.empty_hub(tmp_path, monkeypatch)
 
 
 # ---------------------------------------------------------------- seeds

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 
@@ -17,14 +16,6 @@ def frames(count: int = 3, height: int = 30, width: int = 45, seed: int = 0) -> 
     noise = np.random.default_rng(seed).integers(0, 256, (count, 6, 9, 3), dtype=np.uint8)
     rows = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in noise]
     return np.stack([np.asarray(row) for row in rows])
-
-
-def one_thread() -> Iterator[None]:
-    """For a fixture: tensors this small are faster on one thread, by far where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
