@@ -92,10 +92,16 @@ def show_evaluation(result: Result) -> None:
         if len(parts) > SHOWN:
             table.add_row(f"… and {len(parts) - SHOWN} more")
     _print("Accuracy in %:", table)
+    if "seed" in result:
+        _say(
+            f"One seed ({result['seed']}), {result['videos']} videos. "
+            "The interval takes samples for independent; windows or questions of one video are not."
+        )
     if missing := result.get("missing_samples"):
         _say(f"{missing} of {missing + result['n']} samples are left out: the cache lacks their frames")
-    if result.get("matches_published_n"):
-        _say(f"n = {result['n']} is that of the published figures")
+    if published := result.get("published_n"):
+        same = "that of the published figures" if published == result["n"] else f"not the published {published}"
+        _say(f"n = {result['n']} is {same}.")
     if (before := result.get("resumed", 0)) and before == result["n"]:
         _say(f"{before} of {before} answers were there before; nothing to do")
 

@@ -26,6 +26,9 @@ EVALUATED = {
     "top5": 80 / 91,
     "majority": 42 / 91,
     "interval": [0.591, 0.778],
+    "videos": 41,
+    "seed": 42,
+    "published_n": 91,
     "per_class": {"friend": {"n": 42, "correct": 38, "top1": 38 / 42, "top5": 1.0, "interval": [0.77, 0.96]}},
     "per_group": {"relationship": {"n": 91, "correct": 63, "top1": 63 / 91, "top5": 80 / 91, "majority": 42 / 91}},
 }
