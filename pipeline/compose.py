@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +103,7 @@ def _builder(config: PipelineConfig, which: Which) -> str:
 
 def _shapes(config: PipelineConfig, which: Which) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
     """Modality, frame shape and dtype, without loading any weights."""
-    module = __import__(_builder(config, which).partition(":")[0], fromlist=["describe"])
+    module = importlib.import_module(_builder(config, which).partition(":")[0])
     yield from module.describe(config).items()
 
 
@@ -207,7 +208,10 @@ def _grid(config: PipelineConfig) -> str:
 
 
 def _refuse_other_features(store: FeatureStore, config: PipelineConfig, which: Which, command: str) -> None:
-    """Compare what can be told without loading the encoder's weights; extraction compares everything."""
+    """Compare what can be told without loading the encoder's weights; extraction compares everything.
+
+    Some fields of a spec hold more than their setting says (a resize also names its size), so their beginnings count.
+    """
     part = config.clip if which == "clip" else config.teacher
     shape, dtype = dict(_shapes(config, which))[store.modality]
     expected: dict[str, object] = {
@@ -216,11 +220,16 @@ def _refuse_other_features(store: FeatureStore, config: PipelineConfig, which: W
         "dtype": dtype,
         "compute_dtype": part.compute_dtype,
     }
+    beginnings = {"frame_rule": f"{config.data.fps:g} fps ", "resize": f"{part.geometry} "}
     if which == "teacher":
         expected["timestep"] = config.teacher.timestep
+        beginnings["latent"] = f"{config.teacher.posterior}*"
+    elif config.clip.source == "open_clip":  # two models may have tokens of one shape, such as EVA-g and EVA-g-plus
+        beginnings["encoder"] = f"open_clip:{config.clip.model}#"
     wrong = {key: value for key, value in expected.items() if getattr(store.spec, key) != value}
-    if not store.spec.frame_rule.startswith(f"{config.data.fps:g} fps"):
-        wrong["frame_rule"] = f"{config.data.fps:g} fps …"
+    for key, start in beginnings.items():
+        if not f"{getattr(store.spec, key)}#".startswith(start):  # a digest may follow an encoder's name
+            wrong[key] = f"{start.rstrip('#')}…"
     if wrong:
         lines = [f"  {key}: {getattr(store.spec, key)!r} there, {value!r} here" for key, value in wrong.items()]
         title = f"{store.path}, {store.modality} was made with other settings:"

@@ -124,7 +124,6 @@ class AlignConfig(Config):
     """Adaptive multi-level alignment (Eq. 4–7)."""
 
     levels: Levels = (8, 9, 10, 11, 12, 13)  # 1-based hidden_states entries; §4.4 "higher levels (8-13)" (D1)
-    student_pool: Literal["mean"] = "mean"  # D2: mean over queries of the projected tokens
     head: Literal["mlp", "linear", "repa"] = "mlp"  # D5: h_phi
     head_hidden: int = Field(2048, ge=1)  # width of the "repa" head
     weights: Literal["adaptive", "uniform"] = "adaptive"  # Eq. 6, or the "average" of Table 4

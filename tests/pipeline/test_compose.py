@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from cache_schema.errors import CacheMismatch, CacheMissing
+from cache_schema.store import FeatureStore
 from pipeline import compose, presets
 from pipeline.errors import ConfigError, Interrupted
 from pipeline.overrides import apply
@@ -118,13 +120,29 @@ def test_training_without_teacher_features_says_which_are_missing(configure: Con
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [("clip.layer=4", "layer"), ("data.fps=5", "frame_rule"), ("clip.dtype=float32", "dtype")]
+    ("change", "named"),
+    [
+        ("clip.layer=4", "layer"),
+        ("data.fps=5", "frame_rule"),
+        ("clip.dtype=float32", "dtype"),
+        ("teacher.posterior=sample", "latent"),
+        ("clip.geometry=shortest_center teacher.geometry=shortest_center", "resize"),
+    ],
 )
 def test_features_of_other_settings_are_refused(
     configure: Configure, cache: Path, tmp_path: Path, change: str, named: str
 ) -> None:
-    with pytest.raises(CacheMismatch, match=named):
-        compose.train(configure(change), cache=cache, out=tmp_path / "run", **QUIET)
+    with pytest.raises(CacheMismatch, match=f"  {named}: "):
+        compose.train(configure(*change.split()), cache=cache, out=tmp_path / "run", **QUIET)
+
+
+def test_another_encoder_whose_tokens_have_the_same_shape_is_refused(
+    configure: Configure, cache: Path, tmp_path: Path
+) -> None:
+    spec = FeatureStore.open(cache, "tokens").spec
+    FeatureStore.create(tmp_path / "store", "tokens", replace(spec, encoder="open_clip:miniature-vit-plus"))
+    with pytest.raises(CacheMismatch, match="  encoder: "):
+        compose.train(configure("train.lambda_kd=0"), cache=tmp_path / "store", out=tmp_path / "run", **QUIET)
 
 
 def test_missing_videos_stop_training_unless_asked_for(configure: Configure, world: Path, tmp_path: Path) -> None:
