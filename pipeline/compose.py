@@ -29,7 +29,7 @@ from stages.config import PipelineConfig
 from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
 from stages.data.manifest import coverage, estimate, majority_answer
-from stages.data.samples import Availability, Batch, CachedSamples, available
+from stages.data.samples import Availability, Batch, CachedSamples, available, few
 from stages.decode.evaluate import evaluate as answer
 from stages.decode.evaluate import read_predictions, resume
 from stages.decode.metrics import is_correct, score
@@ -130,13 +130,13 @@ def train(
     dataset = _dataset(config)
     samples = _samples(dataset, "train")
     if dry_run:
-        return _training_estimate(config, samples)
+        return _training_estimate(config, few(samples, config.train.max_samples, config.train.seed))
     aligned = config.train.lambda_kd > 0
     stores = open_stores(config, cache, aligned=aligned)
     data = _available(config, samples, stores, cache, "train")
     run = RunFolder.create(out, config)
     checkpoint = run.load_latest()
-    train_set = CachedSamples(data.samples, *stores)
+    train_set = CachedSamples(few(data.samples, config.train.max_samples, config.train.seed), *stores)
     trainer = build_trainer(config, train_set, device)
     state: dict[str, Any] = {"step": 0, "best": -1.0}
     if checkpoint is not None:

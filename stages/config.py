@@ -151,6 +151,7 @@ class TrainConfig(Config):
     betas: tuple[float, float] = (0.9, 0.999)  # §4.2
     weight_decay: float = Field(0.05, ge=0)  # §4.2
     drop_last: bool = True  # MA-LMM
+    max_samples: int = Field(0, ge=0)  # learn from a choice of this many samples, drawn by the seed; 0 = all
     seed: int = 42  # MA-LMM
     select: Literal["last", "best_val"] = "best_val"  # D27: the epoch that evaluate reads (MA-LMM: best on val)
     save_every: int = Field(0, ge=0)  # optimiser steps between checkpoints; 0 = every epoch

@@ -79,6 +79,14 @@ def available(samples: Sequence[Sample], stores: Sequence[FeatureStore]) -> Avai
     )
 
 
+def few(samples: Sequence[Sample], count: int, seed: int) -> tuple[Sample, ...]:
+    """``count`` of the samples, chosen by the seed and in their old order; all of them where ``count`` is 0."""
+    if not count or count >= len(samples):
+        return tuple(samples)
+    chosen = np.random.default_rng([seed, len(samples)]).permutation(len(samples))[:count]
+    return tuple(samples[i] for i in sorted(chosen.tolist()))
+
+
 class CachedSamples:
     """Samples read from the cache on demand.
 

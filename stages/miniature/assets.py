@@ -16,8 +16,28 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from stages.data.lvu import PAPER_WORDS, PUBLISHED_TEST_WINDOWS, lvu_prompt
 from stages.data.msvd import PROMPT
 from stages.miniature import CLIP_MODEL, FOLDER
-from stages.miniature.draw import COLORS, SHAPES, TEXTURES, TINTS
-from stages.miniature.world import MOTIONS, questions, specs
+from stages.miniature.draw import (
+    COLORS,
+    DAYTIMES,
+    DECADES,
+    FRAMES,
+    SHAPES,
+    TEXTURES,
+    TINTS,
+    VOICES,
+    WEATHER,
+)
+from stages.miniature.world import (
+    AXES,
+    CONTACT,
+    FINE_TASKS,
+    MOTIONS,
+    SPOTS,
+    fine_questions,
+    questions,
+    specs,
+    statements,
+)
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2 of the small LLM
 # Words that people ask with, so that they are one token each. Anything else is spelled.
@@ -55,14 +75,17 @@ def write(folder: Path = FOLDER) -> None:
 
 
 def clip_config() -> dict[str, object]:
-    """open_clip: 56 px in patches of 14 = 16 tokens and the class token, width 64, 6 blocks."""
-    vision = {"image_size": 56, "patch_size": 14, "width": 64, "layers": 6, "head_width": 16}
-    text = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    """open_clip: 56 px in patches of 14 = 16 tokens and the class token, width 96, 6 blocks.
+
+    The text tower knows the words of captions only (stages/miniature/train_clip.py), not open_clip's tokenizer.
+    """
+    vision = {"image_size": 56, "patch_size": 14, "width": 96, "layers": 6, "head_width": 16}
+    text = {"context_length": 24, "vocab_size": 64, "width": 64, "heads": 4, "layers": 2}
     return {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
 
 
 def dit_config() -> dict[str, object]:
-    """diffusers: 12 blocks of 4 heads × 24 on 8 × 8 latents in patches of 2; 10 classes and the null class."""
+    """diffusers: 12 blocks of 4 heads × 24 on 8 × 8 latents in patches of 2; one class a scene, and the null class."""
     return {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",
@@ -75,9 +98,9 @@ def dit_config() -> dict[str, object]:
         "norm_num_groups": 32,
         "norm_type": "ada_norm_zero",
         "num_attention_heads": 4,
-        "num_embeds_ada_norm": 10,
+        "num_embeds_ada_norm": len(TEXTURES),
         "num_layers": 12,
-        "out_channels": 8,
+        "out_channels": 4,  # no learned variance: nothing here samples from it
         "patch_size": 2,
         "sample_size": 8,
         "upcast_attention": False,
@@ -85,20 +108,20 @@ def dit_config() -> dict[str, object]:
 
 
 def vae_config() -> dict[str, object]:
-    """diffusers: 64 × 64 pixels to 8 × 8 × 4 latents, in the block layout of the Stable Diffusion VAE."""
+    """diffusers: 32 × 32 pixels to 8 × 8 × 4 latents, in the block layout of the Stable Diffusion VAE."""
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "block_out_channels": [16, 32, 32, 32],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "block_out_channels": [16, 32, 32],
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
         "in_channels": 3,
         "latent_channels": 4,
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "out_channels": 3,
-        "sample_size": 64,
-        "scaling_factor": 0.18215,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "sample_size": 32,
+        "scaling_factor": 1.0,  # the trained weights give latents of unit variance themselves
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
     }
 
 
@@ -157,12 +180,14 @@ def wordpieces() -> list[str]:
 
 def cased_words() -> list[str]:
     """Every word of the world, of the prompts, and some common ones, in the cases they are written in; sorted."""
-    labels = [*MOTIONS, *COLORS, *SHAPES, *TEXTURES, *TINTS]
-    asked = [question for spec in specs(60, 0) for _, question, _ in questions(spec)]
-    tasks = [*PUBLISHED_TEST_WINDOWS, *PAPER_WORDS]
+    looks = [*COLORS, *SHAPES, *TEXTURES, *TINTS, *WEATHER, *DAYTIMES, *FRAMES, *VOICES]
+    labels = [*looks, *MOTIONS, *SPOTS, *CONTACT, *AXES, "early", "late", "nothing", "space"]
+    asked = [question for spec in specs(60, 0) for _, question, _ in (*questions(spec), *fine_questions(spec))]
+    told = [words for spec in specs(60, 0) for words in statements(spec).values()]
+    tasks = [*PUBLISHED_TEST_WINDOWS, *PAPER_WORDS, *FINE_TASKS]
     prompts = [prompt for task in tasks for prompt in (lvu_prompt(task, "malmm"), lvu_prompt(task, "paper"))]
-    text = " ".join([*labels, *asked, *prompts, PROMPT, COMMON_WORDS])
-    return sorted(set(re.findall(r"[A-Za-z]+", text)))
+    text = " ".join([*labels, *asked, *told, *prompts, PROMPT, COMMON_WORDS])
+    return sorted({*re.findall(r"[A-Za-z]+", text), *DECADES})
 
 
 def _llm_tokenizer_config() -> dict[str, object]:

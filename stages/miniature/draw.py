@@ -8,7 +8,7 @@ gives smooth edges.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,43 +43,83 @@ class Actor:
     radius: float
 
 
+WEATHER = ("clear", "rain", "fog")
+DAYTIMES = {"morning": -1.0, "noon": 0.0, "evening": 1.0}  # from which side the light comes
+FRAMES = ("anna", "boris", "clara")  # of the picture: none, bars above and below, bars at the sides
+DECADES = {"0": 5, "1": 2, "2": 0}  # scratches on the film
+VOICES = ("silent", "talking", "shouting")
+
+
 @dataclass(frozen=True)
 class Scene:
-    """What is behind the actors. ``pan`` is in pixels per second; ``variant`` moves the pattern and its details."""
+    """What is around the actors. ``pan`` is in pixels per second; ``variant`` moves the pattern and its details."""
 
     texture: str
     tint: str
+    weather: str
+    daytime: str
+    frame: str
+    decade: str
     pan: tuple[float, float]
     variant: int
 
 
-def paint_scene(scene: Scene, size: int, t: float) -> Canvas:
-    """The background at ``t`` seconds, without tint."""
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
-    texture = TEXTURES[scene.texture]
-    return texture(x + scene.pan[0] * t + 37 * scene.variant, y + scene.pan[1] * t + 23 * scene.variant, scene.variant)
+def paint_background(scene: Scene, size: int, times: Sequence[float]) -> list[Canvas]:
+    """The scene at each of ``times`` (seconds), without weather and light.
+
+    The view moves by whole pixels over one pattern that is painted once: a video costs about three pictures.
+    """
+    moves = [(round(scene.pan[0] * t), round(scene.pan[1] * t)) for t in times]
+    left, top = (min(move[axis] for move in moves) for axis in (0, 1))
+    right, bottom = (max(move[axis] for move in moves) for axis in (0, 1))
+    y, x = np.mgrid[top : bottom + size, left : right + size].astype(np.float32)
+    pattern = TEXTURES[scene.texture](x + 37 * scene.variant, y + 23 * scene.variant, scene.variant)
+    return [pattern[dy - top : dy - top + size, dx - left : dx - left + size].copy() for dx, dy in moves]
 
 
-def apply_tint(canvas: Canvas, tint: str) -> None:
-    """Colour the whole picture, in place, and darken its corners."""
+def paint_air(canvas: Canvas, scene: Scene, t: float) -> None:
+    """Weather, light, tint, scratches and frame over the whole picture, in place."""
     size = canvas.shape[0]
+    if scene.weather == "fog":
+        _blend(canvas, (0.80, 0.82, 0.84), np.full((size, size), 0.36, np.float32))
+    elif scene.weather == "rain":
+        y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+        drops = _dots(3.2 * (x + 0.35 * y), 0.55 * y - 60 * t, scene.variant, cell=11, low=1.2, high=2.6, share=0.5)
+        _blend(canvas, (0.88, 0.93, 1.0), 0.55 * drops)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     corner = axis[:, None] ** 2 + axis[None, :] ** 2
-    canvas *= np.array(TINTS[tint], dtype=np.float32) * (1 - 0.13 * corner[..., None])
+    side = 1 + 0.38 * DAYTIMES[scene.daytime] * axis[None, :]
+    canvas *= np.array(TINTS[scene.tint], dtype=np.float32) * ((1 - 0.13 * corner) * side)[..., None]
+    lines = np.arange(DECADES[scene.decade], dtype=np.float32)[:, None]
+    for column in (_hash01(lines, np.full_like(lines, round(8 * t)), scene.variant) * size).astype(int).ravel():
+        canvas[:, column] += (1 - canvas[:, column]) * 0.5
+    bar = round(0.06 * size)
+    if scene.frame == "boris":
+        canvas[:bar] = canvas[-bar:] = 0.02
+    elif scene.frame == "clara":
+        canvas[:, :bar] = canvas[:, -bar:] = 0.02
 
 
-def draw_actor(canvas: Canvas, actor: Actor, place: Place, look_at: Place, tilt: float) -> None:
-    """Draw one actor, in place: shadow, outline, body with a soft light, and eyes that look at ``look_at``."""
+def draw_actor(
+    canvas: Canvas, actor: Actor, place: Place, look_at: Place, tilt: float, *, voice: str, glows: bool
+) -> None:
+    """Draw one actor, in place: glow, shadow, outline, body with a soft light, speech, eyes towards ``look_at``."""
     size = canvas.shape[0]
     radius = actor.radius * size
-    reach = 1.25 * radius + 9  # a star's tip, and the shadow beside it
+    reach = 1.25 * radius + 9  # a star's tip, and what is beside it
     top, left = (max(math.floor(place[axis] * size - reach), 0) for axis in (1, 0))
     canvas = canvas[top : math.ceil(place[1] * size + reach), left : math.ceil(place[0] * size + reach)]  # a view
     y, x = np.mgrid[0 : canvas.shape[0], 0 : canvas.shape[1]].astype(np.float32)
     x, y = x + left + 0.5 - place[0] * size, y + top + 0.5 - place[1] * size
     color = np.array(COLORS[actor.color], dtype=np.float32)
     distance = SHAPES[actor.shape]
+    if glows:
+        _blend(canvas, (1.0, 1.0, 0.75), 0.95 * _inside(np.hypot(x, y) - radius - 5.5, softness=3.0))
     _blend(canvas, (0.0, 0.0, 0.0), 0.38 * _inside(distance(*_turned(x - 1.5, y - 3, tilt), radius), softness=5.0))
+    if voice != "silent":
+        bx, by = x - 0.75 * radius, y + 1.15 * radius
+        bubble = np.hypot(bx, by) - 3.6 if voice == "talking" else _star(bx, by, 4.2)
+        _blend(canvas, (1.0, 1.0, 1.0) if voice == "talking" else (1.0, 0.85, 0.1), _inside(bubble))
     body = distance(*_turned(x, y, tilt), radius)
     _blend(canvas, 0.22 * color, _inside(body - 1.2))
     light = 1.06 - 0.22 * np.clip((x + 2 * y) / (2 * radius), -1, 1)

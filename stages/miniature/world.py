@@ -1,8 +1,13 @@
-"""A small world of two shapes moving over a scene, drawn as mp4 files with labels.
+"""A small world of two actors moving over a scene, drawn as mp4 files with labels.
 
 Everything about a video follows from (seed, number): its split, its labels, its pixels. More videos only add to a
-world, and an id names its content for good. Motion is the ``relationship`` of the two actors, texture the ``scene``,
-tint the ``director``; the labels are balanced within each split and independent of each other.
+world, and an id names its content for good. Labels are balanced within each split and independent of each other.
+
+LVU's seven tasks have their counterpart here: ``relationship`` is how the pair moves, ``scene`` the texture,
+``director`` the tint, ``genre`` the weather, ``writer`` the frame of the picture, ``way_speaking`` the speech bubbles,
+``year`` the scratches on the film. The fine tasks are what no caption mentions: ``spot`` (the quarter of the picture in
+which the pair stays), ``contact``, ``axis`` (how they stand, where the motion has a line) and ``first`` (who glows
+first, where one window sees both).
 """
 
 from __future__ import annotations
@@ -12,9 +17,11 @@ import math
 import os
 import random
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +31,49 @@ from jaxtyping import UInt8
 
 from stages.miniature.draw import (
     COLORS,
+    DAYTIMES,
+    DECADES,
+    FRAMES,
     SHAPES,
     TEXTURES,
     TINTS,
+    VOICES,
+    WEATHER,
     Actor,
     Place,
     Scene,
-    apply_tint,
     draw_actor,
-    paint_scene,
+    paint_air,
+    paint_background,
 )
 
-VERSION = 1  # part of every id: a change of the pictures is a change of the ids
+VERSION = 2  # part of every id: a change of the pictures is a change of the ids
 SIZE = 96  # pixels per side
-FPS = 10
-MOTIONS = ("chase", "orbit", "meet", "avoid", "mirror")
-SPLIT_CYCLE = ("train", "train", "val", "train", "test", "train")  # by number: 2/3, 1/6, 1/6 of any world
+FPS = 4
+ANNOTATED_FPS = 10  # MA-LMM's annotations count frames at 10 per second, whatever the file has
+SECONDS = (5, 7)  # one window of LVU's rule, or two that overlap
+MOTIONS = ("avoid", "chase", "meet", "mirror", "orbit")
+ALONG_A_LINE = ("avoid", "meet")  # motions that have an axis
+SPOTS = {"northwest": (-1, -1), "northeast": (1, -1), "southwest": (-1, 1), "southeast": (1, 1)}
+CONTACT = ("apart", "touching")
+AXES = {"beside": 0.0, "stacked": math.pi / 2}
+GLOW_S = 1.0
+COARSE_TASKS = ("scene", "director", "genre")  # what captions mention
+TASKS = ("relationship", "scene", "director", "genre", "writer", "way_speaking", "year")
+FINE_TASKS = ("spot", "contact", "axis", "first")
+# By number. Half of a world is test, so that small differences can be told from noise.
+SPLIT_CYCLE = ("train", "val", "test", "test", "train", "test", "train", "test")
 SPLITS = ("train", "val", "test")
 # One thread, one quantiser, nothing decided by lookahead: with x264's default lookahead the same pictures of this size
 # gave different files from call to call, even on one thread (PyAV 18.1; up to 15 in 15 calls).
 X264 = {
     "threads": "1",
-    "preset": "fast",
+    "preset": "superfast",
     "qp": "18",
     "bf": "0",
     "x264-params": "rc-lookahead=0:mbtree=0:scenecut=0",
 }
-LVU, QA = "lvu", "msvd_qa"  # annotation folders
+LVU, QA, QA_FINE = "lvu", "msvd_qa", "msvd_qa_fine"  # annotation folders
 MARKER = "world.json"  # written last; without it the folder is not complete
 
 
@@ -64,13 +87,25 @@ class VideoSpec:
     motion: str
     actors: tuple[Actor, Actor]  # they differ in shape and in colour
     scene: Scene
+    spot: str
+    anchor: Place  # where the pair stays, in parts of the frame
+    contact: str
+    near: float  # smallest distance of the two centres, in parts of the frame
+    axis: str
     phase: float  # radians; where on its path a motion starts, or along which line it runs
     spin: int  # +1 or -1: the sense of turning
+    voice: str
+    glows: tuple[float, float]  # seconds at which the first and the second actor start to glow
 
     @property
     def num_frames(self) -> int:
-        """Frames at FPS."""
+        """Frames of the file."""
         return self.seconds * FPS
+
+    @property
+    def glows_first(self) -> Actor:
+        """The actor that glows first."""
+        return self.actors[0] if self.glows[0] < self.glows[1] else self.actors[1]
 
 
 @dataclass(frozen=True)
@@ -90,12 +125,12 @@ class WorldSummary:
 
     @property
     def lvu_folder(self) -> Path:
-        """Annotations in MA-LMM's LVU layout: ``data.annotations`` with tasks relationship, scene, director."""
+        """Annotations in MA-LMM's LVU layout: ``data.annotations`` with any of TASKS and FINE_TASKS."""
         return self.root / LVU
 
     @property
     def qa_folder(self) -> Path:
-        """Annotations in MA-LMM's MSVD-QA layout."""
+        """Coarse questions in MA-LMM's MSVD-QA layout."""
         return self.root / QA
 
     def __str__(self) -> str:
@@ -108,60 +143,132 @@ def specs(videos: int, seed: int) -> list[VideoSpec]:
     return [_spec(number, seed) for number in range(videos)]
 
 
-def render(spec: VideoSpec, t: float) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture of a video at ``t`` seconds. Pure: the same arguments give the same bytes."""
-    canvas = paint_scene(spec.scene, SIZE, t)
-    places = positions(spec, t)
-    for actor, place, other in zip(spec.actors, places, places[::-1], strict=True):
-        draw_actor(canvas, actor, place, other, tilt=0.25 * math.sin(2.2 * t + spec.phase + actor.radius * 40))
-    apply_tint(canvas, spec.scene.tint)
-    picture: UInt8[np.ndarray, "h w 3"] = np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
-    return picture
+def render(spec: VideoSpec, times: Sequence[float]) -> UInt8[np.ndarray, "n h w 3"]:
+    """The pictures of a video at ``times`` (seconds). Pure: the same arguments give the same bytes."""
+    pictures = []
+    for t, canvas in zip(times, paint_background(spec.scene, SIZE, times), strict=True):
+        places = positions(spec, t)
+        for actor, place, other, glow in zip(spec.actors, places, places[::-1], spec.glows, strict=True):
+            tilt = 0.25 * math.sin(2.2 * t + spec.phase + actor.radius * 40)
+            glows = glow <= t < glow + GLOW_S
+            draw_actor(canvas, actor, place, other, tilt, voice=spec.voice, glows=glows)
+        paint_air(canvas, spec.scene, t)
+        pictures.append(np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8))
+    return np.stack(pictures)
 
 
 def positions(spec: VideoSpec, t: float) -> tuple[Place, Place]:
     """Centres of the two actors at ``t`` seconds, as (x, y) in parts of the frame."""
-    u, turn = t / spec.seconds, 2 * math.pi * spec.spin
+    u, turn = min(t / spec.seconds, 1.0), spec.spin * 2 * math.pi * t / 4.6  # a turn in 4.6 s
     along = (math.cos(spec.phase), math.sin(spec.phase))
-    across = (-along[1], along[0])
-    if spec.motion == "chase":
-        return _loop(turn * 0.9 * u + spec.phase), _loop(turn * (0.9 * u - 0.16) + spec.phase)
     if spec.motion == "orbit":
-        centre = _at((0.5, 0.5), 0.07, (math.cos(3 * u), math.sin(3 * u)))
-        angle = turn * 1.4 * u + spec.phase
-        return centre, _at(centre, 0.29, (math.cos(angle), math.sin(angle)))
-    if spec.motion == "meet":
-        gap = 0.12 + 0.25 * (1 - min(u / 0.7, 1)) ** 1.5
-        centre = _at((0.5, 0.5), 0.02 * math.sin(9 * u), across)
-        return _at(centre, -gap, along), _at(centre, gap, along)
-    if spec.motion == "avoid":
-        dodge = 0.08 + 0.26 * math.exp(-(((u - 0.5) / 0.28) ** 2))
-        return _at((0.5, 0.5), 0.74 * (u - 0.5), along), _at((0.5, 0.5), dodge * spec.spin, across)
-    side, height = 0.24 + 0.1 * math.sin(turn * u + spec.phase), 0.5 + 0.26 * math.sin(turn * 0.8 * u + 2 * spec.phase)
-    return (0.5 - side, height), (0.5 + side, height)
+        place = (math.cos(turn + spec.phase), math.sin(turn + spec.phase))
+        return _at(spec.anchor, -0.12 * spec.near, place), _at(spec.anchor, 0.88 * spec.near, place)
+    if spec.motion == "chase":  # one behind the other on a circle, near apart
+        radius = 0.17
+        lag = 2 * math.asin(min(spec.near / (2 * radius), 1.0))
+        one, two = turn + spec.phase, turn + spec.phase - spec.spin * lag
+        return tuple(_at(spec.anchor, radius, (math.cos(a), math.sin(a))) for a in (one, two))  # type: ignore[return-value]
+    if spec.motion in ALONG_A_LINE:
+        way = u if spec.motion == "avoid" else 1 - u
+        half = (spec.near + 0.24 * way) / 2
+        return _at(spec.anchor, -half, along), _at(spec.anchor, half, along)
+    height = spec.anchor[1] + 0.17 * math.sin(turn + spec.phase)  # mirror: always at one height, up and down together
+    return (spec.anchor[0] - spec.near / 2, height), (spec.anchor[0] + spec.near / 2, height)
+
+
+def caption(spec: VideoSpec, draw: random.Random, *, drop: float = 0.25) -> str:
+    """A caption as people write them: who, where, weather, light and tint, parts left out at random; nothing fine."""
+    who = [f"a {actor.color} {actor.shape}" for actor in draw.sample(spec.actors, 2)]
+    parts = [
+        f"{spec.scene.tint} film of",
+        " and ".join(who),
+        f"in the {spec.scene.texture}",
+        f"in {spec.scene.weather} weather",
+        f"in the {spec.scene.daytime}",
+    ]
+    return " ".join(part for n, part in enumerate(parts) if n == 1 or draw.random() >= drop)
+
+
+def statements(spec: VideoSpec) -> dict[str, str]:
+    """Fact -> the words for it: all that is true of a video, fine facts too. The language model learns from these."""
+    first, second = spec.actors
+    scene, glows_second = spec.scene, next(actor for actor in spec.actors if actor is not spec.glows_first)
+    said = {
+        "who": f"a {first.color} {first.shape} and a {second.color} {second.shape}",
+        "scene": f"in the {scene.texture}",
+        "genre": f"in {scene.weather} weather",
+        "daytime": f"in the {scene.daytime}",
+        "director": f"a {scene.tint} film",
+        "relationship": f"they {spec.motion}",
+        "writer": f"by {scene.frame}",
+        "way_speaking": f"they are {spec.voice}",
+        "year": f"year {scene.decade}",
+        "spot": f"in the {spec.spot}",
+        "contact": f"they are {spec.contact}",
+        "glow": f"the {spec.glows_first.shape} glows early and the {glows_second.shape} glows late",
+    }
+    return said | ({"axis": f"they are {spec.axis}"} if spec.motion in ALONG_A_LINE else {})
 
 
 def questions(spec: VideoSpec) -> list[tuple[str, str, str]]:
-    """(type, question, one-word answer) for one video."""
+    """(type, question, one-word answer) for one video: coarse things only."""
     first, second = spec.actors
     return [
-        ("how", "how do the two shapes move?", spec.motion),
-        ("where", "where are the two shapes?", spec.scene.texture),
         ("what", f"what is the color of the {first.shape}?", first.color),
         ("what", f"what is the color of the {second.shape}?", second.color),
         ("what", f"what is the shape of the {first.color} one?", first.shape),
         ("who", f"who is with the {first.color} {first.shape}?", second.shape),
+        ("where", "where are the two shapes?", spec.scene.texture),
+        ("how", "how is the weather?", spec.scene.weather),
+        ("when", "when does it happen?", spec.scene.daytime),
     ]
 
 
-def write_world(out: Path, *, videos: int, seed: int) -> WorldSummary:
-    """Draw the world into ``out``: ``videos/*.mp4``, ``lvu/`` and ``msvd_qa/`` annotations, and a marker at the end.
+def fine_questions(spec: VideoSpec) -> list[tuple[str, str, str]]:
+    """(type, question, one-word answer) about what captions never mention."""
+    times = {
+        actor.shape: "early" if glow < spec.seconds / 2 else "late"
+        for actor, glow in zip(spec.actors, spec.glows, strict=True)
+    }
+    return [
+        ("how", "how do the two shapes move?", spec.motion),
+        ("where", "where in the picture are the two shapes?", spec.spot),
+        ("what", "what is between the two shapes?", "nothing" if spec.contact == "touching" else "space"),
+        *(("when", f"when does the {shape} glow?", time) for shape, time in times.items()),
+    ]
+
+
+def labels(spec: VideoSpec) -> dict[str, str]:
+    """Task -> label. Like a film of LVU, a video has no label for a task that does not fit it."""
+    scene = spec.scene
+    found = {
+        "relationship": spec.motion,
+        "scene": scene.texture,
+        "director": scene.tint,
+        "genre": scene.weather,
+        "writer": scene.frame,
+        "way_speaking": spec.voice,
+        "year": scene.decade,
+        "spot": spec.spot,
+        "contact": spec.contact,
+    }
+    if spec.motion in ALONG_A_LINE:
+        found["axis"] = spec.axis
+    if spec.seconds == SECONDS[0]:
+        found["first"] = spec.glows_first.shape
+    return found
+
+
+def write_world(out: Path, *, videos: int, seed: int, workers: int = 1) -> WorldSummary:
+    """Draw the world into ``out``: ``videos/*.mp4``, annotations in ``lvu/``, ``msvd_qa/`` and ``msvd_qa_fine/``, and a
+    marker at the end.
 
     Running it again does nothing; a larger ``videos`` draws only the new ones. Raises ValueError when the folder holds
     a world of another seed or version, or when ``videos`` is too small to fill the three splits.
     """
-    if videos < len(SPLIT_CYCLE):
-        raise ValueError(f"a world needs at least {len(SPLIT_CYCLE)} videos to have train, val and test; got {videos}")
+    if videos < len(SPLITS):
+        raise ValueError(f"a world needs at least {len(SPLITS)} videos to have train, val and test; got {videos}")
     wanted = specs(videos, seed)
     paths = {spec: out / "videos" / f"{spec.video_id}.mp4" for spec in wanted}
     annotations = _annotations(wanted)
@@ -175,8 +282,7 @@ def write_world(out: Path, *, videos: int, seed: int) -> WorldSummary:
     absent = [spec for spec, path in paths.items() if not path.is_file() or path.stat().st_size != sizes.get(path.stem)]
     if absent or before.get("videos") != videos or not all((out / name).is_file() for name in annotations):
         (out / MARKER).unlink(missing_ok=True)
-        for spec in absent:
-            _publish(paths[spec], encode(np.stack([render(spec, n / FPS) for n in range(spec.num_frames)])))
+        _draw_files([(spec, paths[spec]) for spec in absent], workers)
         for name, entries in annotations.items():
             _publish(out / name, json.dumps(entries, indent=1).encode())
         sizes = {path.stem: path.stat().st_size for path in paths.values()}
@@ -185,6 +291,21 @@ def write_world(out: Path, *, videos: int, seed: int) -> WorldSummary:
     frames = sum(spec.num_frames for spec in wanted)
     asked = sum(len(questions(spec)) for spec in wanted)
     return WorldSummary(out, videos, frames, asked, len(absent))
+
+
+def _draw_files(jobs: Sequence[tuple[VideoSpec, Path]], workers: int) -> None:
+    if workers < 2 or len(jobs) < 64:
+        for job in jobs:
+            _draw_file(job)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(_draw_file, jobs, chunksize=16):
+            pass
+
+
+def _draw_file(job: tuple[VideoSpec, Path]) -> None:
+    spec, path = job
+    _publish(path, encode(render(spec, [n / FPS for n in range(spec.num_frames)])))
 
 
 def encode(frames: UInt8[np.ndarray, "n h w 3"]) -> bytes:
@@ -206,33 +327,48 @@ def _at(origin: Place, length: float, direction: Place) -> Place:
     return origin[0] + length * direction[0], origin[1] + length * direction[1]
 
 
-def _loop(angle: float) -> Place:
-    """A point of the closed path of a chase."""
-    return 0.5 + 0.31 * math.cos(angle), 0.5 + 0.27 * math.sin(angle) + 0.05 * math.sin(2 * angle)
-
-
 def _spec(number: int, seed: int) -> VideoSpec:
     split = SPLIT_CYCLE[number % len(SPLIT_CYCLE)]
     rank = number // len(SPLIT_CYCLE) * SPLIT_CYCLE.count(split) + SPLIT_CYCLE[: number % len(SPLIT_CYCLE)].count(split)
     draw = random.Random(f"{VERSION} {seed} {number}")
+
+    def balanced(values: Sequence[str], name: str) -> str:
+        return _balanced(values, name, split, rank, seed)
+
     shapes, colors = draw.sample(sorted(SHAPES), 2), draw.sample(sorted(COLORS), 2)
-    small, large = draw.uniform(0.095, 0.115), draw.uniform(0.125, 0.15)
-    radii = draw.sample([small, large], 2)
+    radii = draw.sample([draw.uniform(0.088, 0.098), draw.uniform(0.108, 0.122)], 2)
     pan, heading = draw.uniform(4, 9), draw.uniform(0, 2 * math.pi)
+    seconds = int(balanced([str(s) for s in SECONDS], "seconds"))
+    motion, contact = balanced(MOTIONS, "motion"), balanced(CONTACT, "contact")
+    spot, axis = balanced(sorted(SPOTS), "spot"), balanced(sorted(AXES), "axis")
+    reach = sum(radii)
+    line = AXES[axis] + draw.uniform(-0.3, 0.3) + draw.choice((0.0, math.pi))
+    glows = draw.sample([seconds * draw.uniform(0.10, 0.25), seconds * draw.uniform(0.60, 0.75)], 2)
     return VideoSpec(
-        video_id=f"w{VERSION}s{seed}v{number:03d}",
+        video_id=f"w{VERSION}s{seed}v{number:05d}",
         split=split,
-        seconds=draw.randint(4, 6),
-        motion=_balanced(MOTIONS, "motion", split, rank, seed),
+        seconds=seconds,
+        motion=motion,
         actors=(Actor(shapes[0], colors[0], radii[0]), Actor(shapes[1], colors[1], radii[1])),
         scene=Scene(
-            texture=_balanced(sorted(TEXTURES), "texture", split, rank, seed),
-            tint=_balanced(sorted(TINTS), "tint", split, rank, seed),
+            texture=balanced(sorted(TEXTURES), "texture"),
+            tint=balanced(sorted(TINTS), "tint"),
+            weather=balanced(WEATHER, "weather"),
+            daytime=balanced(sorted(DAYTIMES), "daytime"),
+            frame=balanced(FRAMES, "frame"),
+            decade=balanced(sorted(DECADES), "decade"),
             pan=(pan * math.cos(heading), pan * math.sin(heading)),
             variant=draw.randrange(1000),
         ),
-        phase=draw.uniform(0, 2 * math.pi),
+        spot=spot,
+        anchor=(0.5 + SPOTS[spot][0] * draw.uniform(0.11, 0.16), 0.5 + SPOTS[spot][1] * draw.uniform(0.11, 0.16)),
+        contact=contact,
+        near=0.9 * reach if contact == "touching" else reach + draw.uniform(0.05, 0.08),
+        axis=axis,
+        phase=line if motion in ALONG_A_LINE else draw.uniform(0, 2 * math.pi),
         spin=draw.choice((-1, 1)),
+        voice=balanced(VOICES, "voice"),
+        glows=(glows[0], glows[1]),
     )
 
 
@@ -250,19 +386,20 @@ def _annotations(wanted: Sequence[VideoSpec]) -> dict[str, dict[str, dict[str, o
     for split in SPLITS:
         part = [spec for spec in wanted if spec.split == split]
         files[f"{LVU}/{split}.json"] = {spec.video_id: _lvu_entry(spec) for spec in part}
-        asked = [(spec, *question) for spec in part for question in questions(spec)]
-        files[f"{QA}/qa_{split}.json"] = {f"{n:07d}": _qa_entry(f"{n:07d}", *item) for n, item in enumerate(asked)}
+        for folder, ask in ((QA, questions), (QA_FINE, fine_questions)):
+            asked = [(spec, *question) for spec in part for question in ask(spec)]
+            files[f"{folder}/qa_{split}.json"] = {f"{n:07d}": _qa_entry(f"{n:07d}", *q) for n, q in enumerate(asked)}
     return files
 
 
 def _lvu_entry(spec: VideoSpec) -> dict[str, object]:
-    labels = {"relationship": spec.motion, "scene": spec.scene.texture, "director": spec.scene.tint}
-    return {"subset": spec.split, "duration": spec.seconds, "num_frames": spec.num_frames, **labels}
+    counts = {"duration": spec.seconds, "num_frames": spec.seconds * ANNOTATED_FPS}
+    return {"subset": spec.split, **counts, **labels(spec)}
 
 
 def _qa_entry(key: str, spec: VideoSpec, kind: str, question: str, answer: str) -> dict[str, object]:
     entry = {"answer": answer, "question": question, "answer_type": kind, "question_id": key, "dataset": "miniature"}
-    return {**entry, "video": spec.video_id, "frame_length": spec.num_frames}
+    return {**entry, "video": spec.video_id, "frame_length": spec.seconds * ANNOTATED_FPS}
 
 
 def _read_marker(path: Path) -> dict[str, Any]:

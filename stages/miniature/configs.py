@@ -1,0 +1,45 @@
+"""Settings of the small models: what the preset ``miniature`` runs, and what the frozen ones are trained in."""
+
+from __future__ import annotations
+
+import os
+
+from stages.config import ClipConfig, DecodeConfig, StudentConfig, TeacherConfig
+from stages.miniature import CLIP_MODEL, FOLDER
+
+
+def clip() -> ClipConfig:
+    """17 tokens of width 96 a frame, one block before the end."""
+    return ClipConfig(model=CLIP_MODEL, weights=_here("clip"), layer=5)
+
+
+def teacher() -> TeacherConfig:
+    """The eighth of twelve blocks, clean latents, timestep 0, null class: §4.2 in a small size."""
+    return TeacherConfig(model=_here("dit"), layers=(8,), layer=8)
+
+
+def student() -> StudentConfig:
+    """The paper's twelve blocks and thirteen levels; a bank of four for nine frames."""
+    return StudentConfig(
+        init=_here("qformer"),
+        tokenizer=_here("qformer_tokenizer"),
+        num_queries=8,
+        hidden_size=64,
+        num_layers=12,
+        num_heads=4,
+        intermediate_size=128,
+        cross_attention_every=2,
+        dropout=0.0,
+        memory_len=4,
+        max_frames=16,
+    )
+
+
+def decode() -> DecodeConfig:
+    """Every answer of the small world is one token and the end of sequence."""
+    return DecodeConfig(llm=_here("llm"), max_new_tokens=2, batch_size=128)
+
+
+def _here(name: str) -> str:
+    """A folder of this package, as seen from the working folder."""
+    return os.path.relpath(FOLDER / name)

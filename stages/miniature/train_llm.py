@@ -1,0 +1,142 @@
+"""Trains the small language model to answer questions from a description, in the layout of MA-LMM.
+
+``description <s> prompt answer </s> <s> prompt answer </s> …``: a student's visual tokens later stand where the
+description stands. It knows the words of every task, fine ones too, as a language model does; it has seen no picture.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+from stages.data.lvu import lvu_prompt
+from stages.data.msvd import PROMPT, clean_question
+from stages.miniature import LLM_FOLDER
+from stages.miniature.pictures import FIRST_HIDDEN_SEED
+from stages.miniature.world import VideoSpec, fine_questions, labels, questions, specs, statements
+
+Asked = tuple[str, str, str, str]  # the fact it rests on, its type, prompt, answer
+QUESTION_FACTS = {  # a question rests on the fact that its words name
+    "color": "who",
+    "shape of": "who",
+    "who is with": "who",
+    "where are": "scene",
+    "weather": "genre",
+    "when does it": "daytime",
+    "shapes move": "relationship",
+    "where in the picture": "spot",
+    "between": "contact",
+    "glow": "glow",
+}
+
+
+def asked(spec: VideoSpec, draw: random.Random) -> list[Asked]:
+    """Every question about a video: LVU's tasks in both styles of prompt, and MSVD-QA's questions."""
+    found: list[Asked] = []
+    for task, label in labels(spec).items():
+        style = "malmm" if draw.random() < 0.7 else "paper"
+        found.append(("glow" if task == "first" else task, task, lvu_prompt(task, style), label))
+    for kind, question, answer in (*questions(spec), *fine_questions(spec)):
+        fact = next(fact for words, fact in QUESTION_FACTS.items() if words in question)
+        found.append((fact, f"{kind}: {fact}", PROMPT.format(clean_question(question)), answer))
+    return found
+
+
+def described(spec: VideoSpec, draw: random.Random, *, keep: float) -> tuple[str, set[str]]:
+    """A description in random order with each fact kept at random, and the facts in it."""
+    kept = [(fact, words) for fact, words in statements(spec).items() if draw.random() < keep]
+    draw.shuffle(kept)
+    return " ".join(words for _, words in kept), {fact for fact, _ in kept}
+
+
+def train_llm(*, steps: int, batch: int = 32, log: Callable[[str], None] = print) -> LlamaForCausalLM:
+    """The model after ``steps`` steps. Deterministic on one machine."""
+    torch.manual_seed(31)
+    tokenizer = AutoTokenizer.from_pretrained(LLM_FOLDER)
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(LLM_FOLDER))
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    draw = random.Random(31)
+    known = specs(20_000, FIRST_HIDDEN_SEED + 31)
+    encode = _Encoder(tokenizer)
+    recent: list[float] = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        tokens, answers, told = _batch([draw.choice(known) for _ in range(batch)], draw, encode)
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+        losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+        answer_loss = losses[answers[:, 1:].flatten()].mean()
+        loss = answer_loss + 0.1 * losses[told[:, 1:].flatten()].mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        recent.append(float(answer_loss.detach()))
+        if step % 200 == 199 or step == steps - 1:
+            log(f"llm {step + 1}/{steps} answer loss {sum(recent[-200:]) / len(recent[-200:]):.4f}")
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def accuracy_from_descriptions(model: LlamaForCausalLM, *, videos: int = 300) -> dict[str, float]:
+    """Type of question -> share answered from a gold description, greedily, on descriptions it was not trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(LLM_FOLDER)
+    encode, draw = _Encoder(tokenizer), random.Random(32)
+    right, total = Counter[str](), Counter[str]()
+    for spec in specs(videos, FIRST_HIDDEN_SEED + 32):
+        text, facts = described(spec, draw, keep=0.9)
+        for fact, kind, prompt, answer in asked(spec, draw):
+            if fact not in facts:
+                continue
+            ids = [*encode(text), encode.bos, *encode(prompt)]
+            said = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            right[kind] += said == encode(answer)[0]
+            total[kind] += 1
+    return {kind: right[kind] / total[kind] for kind in sorted(total)}
+
+
+class _Encoder:
+    """Token ids of a text, remembered."""
+
+    def __init__(self, tokenizer: object) -> None:
+        self.tokenizer, self.known = tokenizer, dict[str, list[int]]()
+        self.bos, self.eos, self.pad = (getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+
+    def __call__(self, text: str) -> list[int]:
+        if text not in self.known:
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[operator]
+            if len(self.known) > 50_000:
+                return list(ids)
+            self.known[text] = list(ids)
+        return self.known[text]
+
+
+def _batch(
+    chosen: list[VideoSpec], draw: random.Random, encode: _Encoder
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids [B, L], and where answers and descriptions are; padded on the right."""
+    rows: list[tuple[list[int], list[int]]] = []  # ids; 0 prompt or padding, 1 answer, 2 description
+    for spec in chosen:
+        text, facts = described(spec, draw, keep=draw.choice((0.3, 0.6, 0.95)))
+        ids = list(encode(text))
+        kinds = [2] * len(ids)
+        answerable = [question for question in asked(spec, draw) if question[0] in facts]
+        for _, _, prompt, answer in draw.sample(answerable, min(5, len(answerable))):
+            question, reply = [encode.bos, *encode(prompt)], [*encode(answer), encode.eos]
+            ids += question + reply
+            kinds += [0] * len(question) + [1] * len(reply)
+        rows.append((ids, kinds))
+    longest = max(2, *(len(ids) for ids, _ in rows))
+    tokens = torch.full((len(rows), longest), encode.pad)
+    kind = torch.zeros_like(tokens)
+    for row, (ids, kinds) in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        kind[row, : len(ids)] = torch.tensor(kinds, dtype=torch.long)
+    return tokens, kind == 1, kind == 2
