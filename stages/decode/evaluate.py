@@ -62,7 +62,7 @@ def evaluate(
             if open_rows:
                 for prediction in _answer(student_fn, decoder, batch, open_rows, run):
                     done[prediction.sample_id] = prediction
-                    file.write(_line(prediction))
+                    file.write(line_of(prediction))
                 file.flush()
             result += [_checked(done[sample.sample_id], sample, write) for sample in batch.samples]
             log(len(result))
@@ -140,8 +140,8 @@ def _checked(prediction: Prediction, sample: Sample, path: Path) -> Prediction:
     return prediction
 
 
-def _line(prediction: Prediction) -> bytes:
-    """ASCII JSON: control characters, line separators and lone surrogates are escaped, so one record is one line."""
+def line_of(prediction: Prediction) -> bytes:
+    """One line of a predictions file: ASCII JSON, so that no character in a text can end the line."""
     return json.dumps(asdict(prediction), ensure_ascii=True).encode("ascii") + b"\n"
 
 
