@@ -53,6 +53,12 @@ EvaluatedRunOption = Annotated[
 ReportOption = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Also keep the result as DIR/COMMAND.json.")
 ]
+BaselinesOption = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Where they are kept. [default: runs/PRESET-baselines]")
+]
+ProbeOption = Annotated[
+    list[str] | None, typer.Option("--probe", metavar="NAME", help="Only this one; repeatable. [default: all]")
+]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="NAME", help="auto (CUDA where there is one), cpu, cuda or cuda:N.")
 ]
@@ -206,6 +212,39 @@ def evaluate(
         _show("evaluate", result, dry_run, as_json)
 
 
+@app.command(epilog="Example:  pipeline baselines --probe clip_mean --probe teacher_mean")
+def baselines(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    out: BaselinesOption = None,
+    split: SplitOption = "test",
+    probe: ProbeOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Majority class and probes on the cached features: what a student has to beat. Runs on the CPU."""
+    with guard(debug=debug, as_json=as_json):
+        config = _config(preset, sets)
+        cache = _cache(cache, config)
+        _compose(dry_run)
+        from pipeline.baselines import baselines as run_baselines
+        from pipeline.progress import Progress
+
+        with Progress() as progress:
+            result = run_baselines(
+                config,
+                cache=cache,
+                out=out or Path("runs") / f"{config.preset}-baselines",
+                split=split,
+                names=probe or [],
+                dry_run=dry_run,
+                progress=progress,
+            )
+        _show("baselines", result, dry_run, as_json)
+
+
 @app.command(epilog="Example:  pipeline synth --videos 60 --seed 1 --out cache/another-world")
 def synth(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where videos and annotations go.")] = Path(
@@ -336,6 +375,7 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
         {
             "train-student": results.show_training,
             "evaluate": results.show_evaluation,
+            "baselines": results.show_baselines,
             "synth": results.show_synth,
         }[command](result)
 

@@ -20,7 +20,7 @@ import torch
 from cache_schema.errors import CacheMismatch
 from cache_schema.spec import FeatureSpec
 from cache_schema.store import FeatureStore
-from pipeline import presets, registry
+from pipeline import presets, registry, scoring
 from pipeline.errors import ConfigError
 from pipeline.overrides import flatten
 from pipeline.progress import OnProgress
@@ -28,11 +28,11 @@ from pipeline.runs import RunFolder
 from stages.config import PipelineConfig
 from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
-from stages.data.manifest import coverage, estimate, majority_answer
+from stages.data.manifest import coverage, estimate
 from stages.data.samples import Availability, Batch, CachedSamples, available, few
 from stages.decode.evaluate import evaluate as answer
-from stages.decode.evaluate import read_predictions, resume
-from stages.decode.metrics import is_correct, score
+from stages.decode.evaluate import resume
+from stages.decode.metrics import is_correct
 from stages.extract.run import Job
 from stages.extract.run import extract as run_extraction
 from stages.train.alignment import Alignment
@@ -60,7 +60,7 @@ def extract(
     progress: OnProgress,
 ) -> dict[str, Any]:
     """Features of one encoder for every video that the dataset wants."""
-    dataset = _dataset(config)
+    dataset = load_dataset(config)
     wanted = dataset.wanted(list(splits) or None)
     if dry_run:
         sizes = {
@@ -82,7 +82,7 @@ def extract(
     }
 
 
-def _dataset(config: PipelineConfig) -> Any:
+def load_dataset(config: PipelineConfig) -> Any:
     """The dataset that ``data.name`` names; a plain folder of videos lists and measures them itself."""
     build = registry.load("dataset", config.data.name)
     if build is ClipsDataset and not config.data.annotations:
@@ -127,13 +127,13 @@ def train(
     config: PipelineConfig, *, cache: Path, out: Path, device: str, dry_run: bool, progress: OnProgress
 ) -> dict[str, Any]:
     """Train the student of a run folder, or go on with it; scored on val after every epoch where that selects."""
-    dataset = _dataset(config)
-    samples = _samples(dataset, "train")
+    dataset = load_dataset(config)
+    samples = samples_of(dataset, "train")
     if dry_run:
         return _training_estimate(config, few(samples, config.train.max_samples, config.train.seed))
     aligned = config.train.lambda_kd > 0
     stores = open_stores(config, cache, aligned=aligned)
-    data = _available(config, samples, stores, cache, "train")
+    data = available_samples(config, samples, stores, cache, "train")
     run = RunFolder.create(out, config)
     checkpoint = run.load_latest()
     train_set = CachedSamples(few(data.samples, config.train.max_samples, config.train.seed), *stores)
@@ -241,7 +241,8 @@ def _student(config: PipelineConfig, spec: FeatureSpec, decoder: Decoder, device
     return build(config.student, clip_width=spec.frame_shape[-1], llm_width=decoder.width).to(device)
 
 
-def _samples(dataset: Any, split: str) -> list[Sample]:
+def samples_of(dataset: Any, split: str) -> list[Sample]:
+    """The samples of a split. Raises ConfigError when there are none."""
     if not dataset.splits:
         raise ConfigError("without annotations there is nothing to learn or score; give data.annotations")
     samples: list[Sample] = dataset.samples(split)
@@ -250,9 +251,10 @@ def _samples(dataset: Any, split: str) -> list[Sample]:
     return samples
 
 
-def _available(
+def available_samples(
     config: PipelineConfig, samples: Sequence[Sample], stores: Sequence[FeatureStore], cache: Path, split: str
 ) -> Availability:
+    """What the cache can serve of a split; CacheMissing unless that is everything or ``data.allow_missing`` is set."""
     found = available(samples, stores)
     if not config.data.allow_missing:
         gaps = {reason.partition(":")[0] for reason in found.missing.values()}
@@ -274,7 +276,7 @@ def _validation(
     """Top-1 on the val split, or None where there is none or the last epoch is taken."""
     if config.train.select == "last" or "val" not in dataset.splits:
         return None
-    found = _available(config, _samples(dataset, "val"), stores[:1], cache, "val")
+    found = available_samples(config, samples_of(dataset, "val"), stores[:1], cache, "val")
     data = CachedSamples(found.samples, stores[0])
 
     def top1() -> float:
@@ -332,13 +334,13 @@ def evaluate(
     """
     run = RunFolder.open(out)
     config = config or run.config
-    dataset = _dataset(config)
-    samples = _samples(dataset, split)
+    dataset = load_dataset(config)
+    samples = samples_of(dataset, split)
     published = dataset.published_n(split)
     if dry_run:
         return {"samples": len(samples), "videos": len({s.video_id for s in samples}), "published_n": published}
     stores = open_stores(config, cache, aligned=False)
-    found = _available(config, samples, stores, cache, split)
+    found = available_samples(config, samples, stores, cache, split)
     data = CachedSamples(found.samples, stores[0])
     loaded = run.load_checkpoint(checkpoint or "")
     decoder: Decoder = registry.load("decoder", config.decode.name)(config.decode, device=device)
@@ -357,33 +359,16 @@ def evaluate(
         log=lambda done: progress(len(answered) + done, len(data), split),
         run=made_by,
     )
-    report = _report(config, dataset, found, split, write, published)
+    report = scoring.report(dataset, found, split, write)
     never = decoder.unreachable([sample.answer for sample in found.samples])
     if never:
         shown = ", ".join(map(repr, never[:5]))
         report["warnings"].append(f"{len(never)} answers need more than decode.max_new_tokens, such as {shown}")
     return report | {
+        "seed": config.train.seed,
         "checkpoint": loaded.path.name,
         "predictions": str(write),
         "resumed": len(answered),
-    }
-
-
-def _report(
-    config: PipelineConfig, dataset: Any, found: Availability, split: str, write: Path, published: int | None
-) -> dict[str, Any]:
-    """Scores from the predictions file alone, and how they relate to the published protocol."""
-    wanted = {sample.sample_id for sample in found.samples}
-    predictions = [p for p in read_predictions(write) if p.sample_id in wanted]
-    train_majority = majority_answer(dataset.samples("train")) if "train" in dataset.splits else None
-    report = score(predictions, dataset.answer_rule, train_majority=train_majority).to_json()
-    return report | {
-        "split": split,
-        "missing_samples": found.dropped,
-        "published_n": published,
-        "matches_published_n": None if published is None else published == len(predictions),
-        "seed": config.train.seed,
-        "warnings": list(dataset.warnings),
     }
 
 

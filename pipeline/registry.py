@@ -26,12 +26,24 @@ STUDENTS = {
 DECODERS = {
     "causal_lm": "stages.decode.llm:build",
 }
+PROBES = {  # what `baselines` fits; those named teacher_… read the teacher's features
+    "majority": "stages.train.probes:majority",
+    "clip_mean": "stages.train.probes:clip_mean",
+    "clip_frames": "stages.train.probes:clip_frames",
+    "clip_last": "stages.train.probes:clip_last",
+    "clip_flat": "stages.train.probes:clip_flat",
+    "clip_attentive": "stages.train.probes:clip_attentive",
+    "teacher_mean": "stages.train.probes:teacher_mean",
+    "teacher_frames": "stages.train.probes:teacher_frames",
+    "teacher_attentive": "stages.train.probes:teacher_attentive",
+}
 KINDS = {
     "encoder": ENCODERS,
     "teacher": TEACHERS,
     "dataset": DATASETS,
     "student": STUDENTS,
     "decoder": DECODERS,
+    "probe": PROBES,
 }
 
 

@@ -106,6 +106,19 @@ def show_evaluation(result: Result) -> None:
         _say(f"{before} of {before} answers were there before; nothing to do")
 
 
+def show_baselines(result: Result) -> None:
+    """One row per baseline, in the order of fitting."""
+    table = _table("", "n", "correct", "top-1", "95 % interval", "top-5", "majority")
+    for name, part in result["baselines"].items():
+        _tally(table, name, part)
+    _print(f"Accuracy in % on {printable(result['split'])}:", table)
+    for name, reason in result["refused"].items():
+        _say(f"{name} was left out: {reason}")
+    _say(f"Fitted on {result['train_samples']} samples, chosen on {result['val_samples']} of val; in {result['out']}")
+    if not result["fitted"]:
+        _say(f"{len(result['baselines'])} of {len(result['baselines'])} were there before; nothing to do")
+
+
 def show_synth(result: Result) -> None:
     """What was drawn, and where."""
     now = f"{result['written']} drawn now" if result["written"] else "all drawn before; nothing to do"

@@ -62,7 +62,7 @@ def evaluate(
             if open_rows:
                 for prediction in _answer(student_fn, decoder, batch, open_rows, run):
                     done[prediction.sample_id] = prediction
-                    file.write(_line(prediction))
+                    file.write(line_of(prediction))
                 file.flush()
             result += [_checked(done[sample.sample_id], sample, write) for sample in batch.samples]
             log(len(result))
@@ -140,21 +140,31 @@ def _checked(prediction: Prediction, sample: Sample, path: Path) -> Prediction:
     return prediction
 
 
-def _line(prediction: Prediction) -> bytes:
-    """ASCII JSON: control characters, line separators and lone surrogates are escaped, so one record is one line."""
-    return json.dumps(asdict(prediction), ensure_ascii=True).encode("ascii") + b"\n"
+def line_of(prediction: Prediction) -> bytes:
+    """One line of a predictions file: ASCII JSON, so that no character in a text can end the line."""
+    values = {key: value for key, value in asdict(prediction).items() if value != () or key == "beams"}
+    return json.dumps(values, ensure_ascii=True).encode("ascii") + b"\n"
+
+
+LISTS = {"beams": str, "ranked": str, "scores": float, "constrained": str}  # what each holds
+OPTIONAL = {"run", "ranked", "scores", "constrained"}
 
 
 def _parse(line: bytes) -> Prediction:
     values = json.loads(line)
     names = {field.name for field in fields(Prediction)}
-    if not isinstance(values, dict) or not names - {"run"} <= values.keys() <= names:
+    if not isinstance(values, dict) or not names - OPTIONAL <= values.keys() <= names:
         raise ValueError(f"expected the keys {', '.join(sorted(names))}")
-    beams = values.pop("beams")
-    texts = [*values.values(), *beams] if isinstance(beams, list) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("every value is text, and beams is a list of texts")
-    return Prediction(**values, beams=tuple(beams))
+    for key, kind in LISTS.items():
+        part = values.get(key, [])
+        if not isinstance(part, list) or not all(isinstance(item, kind) for item in part):
+            raise ValueError(f"{key} is not a list of {'numbers' if key == 'scores' else 'texts'}")
+        values[key] = tuple(part)
+    if not all(isinstance(text, str) for key, text in values.items() if key not in LISTS):
+        raise ValueError("every value that is no list is a text")
+    if len(values["scores"]) not in (0, len(values["ranked"])):
+        raise ValueError("scores has another length than ranked")
+    return Prediction(**values)
 
 
 def _whole_lines(raw: bytes) -> int:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from stages.decode.metrics import Prediction, is_correct, most_frequent, score, tally, wilson
+from stages.decode.metrics import Prediction, is_correct, most_frequent, one_per_video, score, tally
+from stages.decode.statistics import wilson
 
 
 def said(answer: str, *beams: str, video: str = "v", group: str = "relationship", sample: str = "s") -> Prediction:
@@ -54,7 +55,7 @@ def test_a_match_follows_malmms_rule(beam: str, answer: str, exact: bool, first_
 
 def test_recall_is_given_per_class_and_averaged_without_weights() -> None:
     report = score(SIX, "exact")
-    assert {name: (t.correct, t.n) for name, t in report.per_class.items()} == {
+    assert {name: (part.tally.correct, part.tally.n) for name, part in report.per_class.items()} == {
         "friend": (1, 3),
         "wife": (1, 2),
         "year": (0, 1),
@@ -120,6 +121,92 @@ def test_the_interval_is_wilsons(n: int, data: st.DataObject) -> None:
 def test_the_papers_headline_has_the_interval_of_91_windows() -> None:
     low, high = wilson(63, 91) or (0.0, 0.0)
     assert (round(low, 3), round(high, 3)) == (0.591, 0.778)
+
+
+def test_precision_f1_and_confusion_follow_from_the_same_counts() -> None:
+    report = score(SIX, "exact")
+    assert report.to_json()["confusion"] == {
+        "labels": ["friend", "wife", "year", "(other)"],
+        "counts": [[1, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 1]],  # "Friend" is no label; no beam at all is none either
+    }
+    assert (report.per_class["friend"].said, report.per_class["friend"].precision) == (2, 1 / 2)
+    assert (report.per_class["year"].said, report.per_class["year"].precision) == (0, None)
+    f1 = [2 * 1 / (2 + 3), 2 * 1 / (2 + 2), 0.0]
+    assert report.macro_f1 == pytest.approx(sum(f1) / 3)
+
+
+def test_a_confusion_matrix_accounts_for_every_prediction() -> None:
+    rng = random.Random(1)
+    words = ["a", "b", "c", "d e"]
+    records = [said(rng.choice(words[:3]), rng.choice(words), video=str(i % 7)) for i in range(200)]
+    report = score(records, "exact")
+    counts = report.confusion or ()
+    assert [sum(row) for row in counts] == [part.tally.n for part in report.per_class.values()]
+    assert [row[i] for i, row in enumerate(counts)] == [part.tally.correct for part in report.per_class.values()]
+    columns = [sum(row[i] for row in counts) for i in range(3)]
+    assert columns == [part.said for part in report.per_class.values()]
+
+
+def test_thousands_of_answers_make_no_matrix() -> None:
+    records = [said(f"w{i}", f"w{i}", video=str(i)) for i in range(65)]
+    assert score(records, "exact").confusion is None
+    assert score(records[:64], "exact").confusion is not None
+
+
+def test_one_answer_per_video_by_vote() -> None:
+    windows = [
+        said("x", "y", "x", video="a"),
+        said("x", "x", video="a"),
+        said("x", "x", "y", video="a"),
+        said("y", "x", "y", video="b"),  # a tie of one to one: y has the larger sum of 1 / rank
+        said("y", "y", "z", video="b"),
+        said("y", "q", "p", video="c"),  # a full tie: the alphabet
+        said("y", "p", "q", video="c"),
+        said("y", video="d"),
+    ]
+    votes = one_per_video(windows, "exact", "vote")
+    assert [(p.video_id, p.beams[:1]) for p in votes] == [("a", ("x",)), ("b", ("y",)), ("c", ("p",)), ("d", ())]
+    level = score(windows, "exact").video_level
+    assert (level["vote"].n, level["vote"].correct, level["vote"].correct5) == (4, 2, 2)
+    assert list(level) == ["vote"]
+
+
+def test_one_answer_per_video_by_mean_score() -> None:
+    windows = [
+        dataclasses.replace(said("x", "y", video="a"), ranked=("y", "x"), scores=(-1.0, -1.5)),
+        dataclasses.replace(said("x", "y", video="a"), ranked=("y", "x"), scores=(-1.0, -1.5)),
+        dataclasses.replace(said("x", "x", video="a"), ranked=("x", "y"), scores=(-0.1, -9.0)),
+    ]
+    level = score(windows, "exact").video_level
+    assert (level["vote"].correct, level["mean"].correct) == (0, 1)
+
+
+def test_questions_asked_once_have_no_video_level() -> None:
+    assert score([said("a", "a", video="v"), said("b", "b", video="v")], "exact").video_level == {}
+
+
+def test_closed_label_sets_stand_beside_the_exact_match_and_never_replace_it() -> None:
+    first = dataclasses.replace(said("wife", "a wife"), ranked=("wife", "friend"), scores=(-1.0, -2.0))
+    second = dataclasses.replace(said("wife", "wife"), ranked=("friend", "wife"), scores=(-1.0, -2.0))
+    report = score([first, second], "exact")
+    assert report.overall.correct == 1
+    assert (report.closed["ranked"].correct, report.closed["ranked"].correct5) == (1, 2)
+    assert "constrained" not in report.closed
+    both = [dataclasses.replace(p, constrained=("wife",)) for p in (first, second)]
+    assert score(both, "exact").closed["constrained"].correct == 2
+    assert "ranked" not in score([first, said("wife", "wife")], "exact").closed  # not of every sample
+
+
+def test_the_interval_over_videos_is_wider_where_windows_repeat_each_other() -> None:
+    rng = random.Random(2)
+    right = [rng.random() < 0.6 for _ in range(40)]
+    alike = [said("x", "x" if r else "y", video=str(v)) for v, r in enumerate(right) for _ in range(5)]
+    apart = [dataclasses.replace(p, video_id=str(i)) for i, p in enumerate(alike)]
+    together, single = tally(alike, "exact").by_video, tally(apart, "exact").by_video
+    assert together is not None
+    assert single is not None
+    assert together.high - together.low > 2 * (single.high - single.low)  # five windows count as one: sqrt(5)
+    assert (together.videos, single.videos) == (40, 200)
 
 
 def test_a_prediction_is_frozen() -> None:

@@ -1,0 +1,147 @@
+"""What needs no student: majority class and probes on the cached features, scored and kept like any run.
+
+::
+
+    OUT/baselines.json                 the scores of all of them
+    OUT/<probe>/predictions.jsonl      the same lines as those of ``evaluate``, so that ``compare`` can pair them
+    OUT/<probe>/probe.json             what was chosen on val
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cache_schema.store import FeatureStore
+from pipeline import registry, results, scoring
+from pipeline.compose import available_samples, load_dataset, open_stores, samples_of
+from pipeline.errors import ConfigError
+from pipeline.progress import OnProgress
+from stages.config import PipelineConfig
+from stages.decode.evaluate import line_of, read_predictions
+from stages.decode.metrics import Prediction
+from stages.train import probes
+from stages.train.probes import ProbeRefused, Splits
+from stages.types import Sample
+
+METHOD = 1  # of the probes: another number means that answers on disk are not those that would be given today
+
+
+def baselines(
+    config: PipelineConfig,
+    *,
+    cache: Path,
+    out: Path,
+    split: str,
+    names: Sequence[str],
+    dry_run: bool,
+    progress: OnProgress,
+) -> dict[str, Any]:
+    """Fit the named baselines (default: all) on train, choose on val, answer ``split`` and score the answers."""
+    chosen = {name: registry.load("probe", name) for name in names or registry.PROBES}
+    dataset = load_dataset(config)
+    absent = [name for name in ("train", "val") if name not in dataset.splits]
+    if absent:
+        raise ConfigError(f"a baseline is fitted on train and chosen on val; the annotations have no {absent[0]} split")
+    wanted = [samples_of(dataset, name) for name in ("train", "val", split)]
+    if dry_run:
+        sizes = {f"{name}_samples": len(part) for name, part in zip(("train", "val", split), wanted, strict=True)}
+        return sizes | {"baselines": len(chosen), "published_n": dataset.published_n(split)}
+    stores = _stores(config, cache, needs_teacher=any(name.startswith("teacher") for name in chosen))
+    kept = [
+        available_samples(config, part, list(stores.values()), cache, name)
+        for name, part in zip(("train", "val", split), wanted, strict=True)
+    ]
+    splits = Splits(*(part.samples for part in kept))
+    done: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    fitted = 0
+    for number, (name, probe) in enumerate(chosen.items()):
+        progress(number, len(chosen), name)
+        source = stores["teacher" if name.startswith("teacher") else "clip"]
+        folder, run = out / name, f"{name}:{_digest(config, source, splits)}"
+        try:
+            if not _is_there(folder, run, splits.test):
+                _write(folder, splits.test, run, *_answers(probe, stores, splits, config.train.seed))
+                fitted += 1
+        except ProbeRefused as error:
+            refused[name] = str(error)
+            continue
+        choices = json.loads((folder / "probe.json").read_text())
+        done[name] = scoring.report(dataset, kept[2], split, folder / "predictions.jsonl") | {"chosen": choices}
+    progress(len(chosen), len(chosen), "")
+    result = {
+        "split": split,
+        "train_samples": len(splits.train),
+        "val_samples": len(splits.val),
+        "baselines": done,
+        "refused": refused,
+        "fitted": fitted,
+        "warnings": list(dataset.warnings),
+        "out": str(out),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "baselines.json").write_text(results.as_json(result) + "\n")
+    return result
+
+
+def _stores(config: PipelineConfig, cache: Path, *, needs_teacher: bool) -> dict[str, FeatureStore]:
+    opened = open_stores(config, cache, aligned=needs_teacher)
+    return dict(zip(("clip", "teacher"), opened, strict=False))
+
+
+def _answers(
+    probe: Any, stores: Mapping[str, FeatureStore], splits: Splits, seed: int
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Mapping[str, float | int]]]:
+    """Ranked labels by sample id, and what was chosen by task."""
+    said: dict[str, tuple[str, ...]] = {}
+    choices: dict[str, Mapping[str, float | int]] = {}
+    for task, parts in probes.tasks(splits).items():
+        answers = probe(stores, parts, seed=seed)
+        said |= {sample.sample_id: beams for sample, beams in zip(parts.test, answers.ranked(), strict=True)}
+        choices[task] = answers.chosen
+    return said, choices
+
+
+def _write(
+    folder: Path,
+    samples: Sequence[Sample],
+    run: str,
+    said: Mapping[str, tuple[str, ...]],
+    choices: Mapping[str, Mapping[str, float | int]],
+) -> None:
+    """``predictions.jsonl`` appears whole, and last: with it the baseline is done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "probe.json").write_text(json.dumps(choices, sort_keys=True) + "\n")
+    half = folder / ".predictions.jsonl"
+    half.write_bytes(
+        b"".join(
+            line_of(Prediction(s.sample_id, s.video_id, s.group, s.prompt, s.answer, said[s.sample_id], run))
+            for s in samples
+        )
+    )
+    half.replace(folder / "predictions.jsonl")
+
+
+def _is_there(folder: Path, run: str, samples: Sequence[Sample]) -> bool:
+    path = folder / "predictions.jsonl"
+    if not path.exists():
+        return False
+    there = {(p.sample_id, p.run) for p in read_predictions(path)}
+    return there == {(sample.sample_id, run) for sample in samples}
+
+
+def _digest(config: PipelineConfig, store: FeatureStore, splits: Splits) -> str:
+    """Names everything that an answer follows from: method, seed, features, and the samples of every split."""
+    facts = {
+        "method": METHOD,
+        "seed": config.train.seed,
+        "features": store.spec.digest(),
+        "samples": [
+            [(s.sample_id, s.video_id, s.prompt, s.answer, s.frame_index.tolist()) for s in part] for part in splits
+        ],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
