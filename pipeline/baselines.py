@@ -21,6 +21,7 @@ from pipeline.compose import available_samples, load_dataset, open_stores, sampl
 from pipeline.errors import ConfigError
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
+from stages.data.samples import few
 from stages.decode.evaluate import line_of, read_predictions
 from stages.decode.metrics import Prediction
 from stages.train import probes
@@ -55,7 +56,8 @@ def baselines(
         available_samples(config, part, list(stores.values()), cache, name)
         for name, part in zip(("train", "val", split), wanted, strict=True)
     ]
-    splits = Splits(*(part.samples for part in kept))
+    labelled = few(kept[0].samples, config.train.max_samples, config.train.seed)  # those a student would learn from
+    splits = Splits(labelled, kept[1].samples, kept[2].samples)
     done: dict[str, Any] = {}
     refused: dict[str, str] = {}
     fitted = 0

@@ -179,13 +179,15 @@ def build_trainer(config: PipelineConfig, data: CachedSamples, device: str) -> T
     student = _student(config, data.tokens.spec, decoder, device)
     alignment = None
     if data.pooled is not None:
+        mean, covariance = data.target_moments() if config.align.target_norm != "none" else (None, None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)  # heads and weight net start from the run's seed
             alignment = Alignment(
                 config.align,
                 hidden_size=config.student.hidden_size,
                 target_size=int(np.prod(data.pooled.spec.frame_shape)),
-                target_mean=data.target_mean() if config.align.target_norm == "center" else None,
+                target_mean=mean,
+                target_covariance=covariance,
             ).to(device)
     return Trainer(student, alignment, decoder, config.train, config.align)
 

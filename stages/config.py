@@ -129,7 +129,7 @@ class AlignConfig(Config):
     weights: Literal["adaptive", "uniform"] = "adaptive"  # Eq. 6, or the "average" of Table 4
     uniform_weight: float = Field(1.0, ge=0)  # D7: weight of each level when uniform; 1 = where adaptive ends
     detach_weight_inputs: bool = False  # D7: False is the literal Eq. 6
-    target_norm: Literal["none", "center"] = "none"  # D4
+    target_norm: Literal["none", "center", "whiten"] = "none"  # D4
     frames: Literal["all", "last"] | Annotated[int, Field(ge=1)] = "all"  # D9: k = the last k frames
 
 

@@ -110,18 +110,23 @@ class CachedSamples:
         f = _stack(self.tokens, chosen, frames)
         return Batch(chosen, f, None if self.pooled is None else _stack(self.pooled, chosen, frames))
 
-    def target_mean(self) -> Float[Tensor, " D"]:
-        """Mean of y* over the distinct frames of these samples, in float64 and returned as float32 (D4)."""
+    def target_moments(self) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
+        """Mean and covariance of y* over the distinct frames of these samples, from sums in float64 (D4)."""
         if self.pooled is None:
             raise ValueError("no teacher store to take a mean of")
         frames: dict[str, set[int]] = {}
         for sample in self.samples:
             frames.setdefault(sample.video_id, set()).update(sample.draws.ravel().tolist())
-        total = np.zeros(int(np.prod(self.pooled.spec.frame_shape)))
+        width, count = int(np.prod(self.pooled.spec.frame_shape)), sum(map(len, frames.values()))
+        total, products = np.zeros(width), np.zeros((width, width))
         for video in sorted(frames):
             rows = self.pooled.read(video, np.array(sorted(frames[video])))
-            total += rows.reshape(len(rows), -1).sum(axis=0, dtype=np.float64)
-        return torch.from_numpy((total / sum(map(len, frames.values()))).astype(np.float32))
+            flat = rows.reshape(len(rows), -1).astype(np.float64)
+            total += flat.sum(axis=0)
+            products += flat.T @ flat
+        mean = total / count
+        covariance = products / count - np.outer(mean, mean)
+        return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(covariance.astype(np.float32))
 
 
 def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[np.ndarray, " T"]]) -> Tensor:

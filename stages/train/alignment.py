@@ -33,6 +33,16 @@ def projection_head(kind: str, in_size: int, out_size: int, hidden: int) -> nn.M
     return nn.Sequential(nn.Linear(in_size, out_size), nn.GELU(), nn.Linear(out_size, out_size))
 
 
+def whitening_of(covariance: Float[Tensor, "D D"], floor: float = 1e-3) -> Float[Tensor, "D D"]:
+    """The symmetric map that gives targets of this covariance unit variance in every direction (ZCA).
+
+    Directions with less than ``floor`` of the mean variance are noise; they are not blown up beyond that.
+    """
+    values, vectors = torch.linalg.eigh(covariance.double())
+    scale = values.clamp_min(0).add(floor * values.mean()).rsqrt()
+    return ((vectors * scale) @ vectors.T).to(covariance.dtype)
+
+
 class Alignment(nn.Module):
     """Projection heads h_phi, one per level, and the weight net g_psi, shared by the levels.
 
@@ -40,10 +50,12 @@ class Alignment(nn.Module):
         cfg: levels, head, weights.
         hidden_size: E.
         target_size: D, or g · g · D for a grid target (flattened).
-        target_mean: dataset mean of y* over the training frames, for ``target_norm="center"``.
+        target_mean: dataset mean of y* over the training frames, for ``target_norm`` center and whiten.
+        target_covariance: their covariance, for ``whiten``.
     """
 
     target_mean: Tensor
+    whitening: Tensor
 
     def __init__(
         self,
@@ -52,10 +64,13 @@ class Alignment(nn.Module):
         hidden_size: int,
         target_size: int,
         target_mean: Float[Tensor, " D"] | None = None,
+        target_covariance: Float[Tensor, "D D"] | None = None,
     ) -> None:
         super().__init__()
-        if cfg.target_norm == "center" and target_mean is None:
-            raise ValueError("align.target_norm=center needs the mean of the training targets")
+        if cfg.target_norm != "none" and target_mean is None:
+            raise ValueError(f"align.target_norm={cfg.target_norm} needs the mean of the training targets")
+        if cfg.target_norm == "whiten" and target_covariance is None:
+            raise ValueError("align.target_norm=whiten needs the covariance of the training targets")
         self.cfg = cfg
         self.heads = nn.ModuleDict(
             {str(u): projection_head(cfg.head, hidden_size, target_size, cfg.head_hidden) for u in cfg.levels}
@@ -68,6 +83,9 @@ class Alignment(nn.Module):
         )
         mean = torch.zeros(target_size) if target_mean is None else target_mean
         self.register_buffer("target_mean", mean.clone())
+        if cfg.target_norm == "whiten":
+            assert target_covariance is not None
+            self.register_buffer("whitening", whitening_of(target_covariance))
 
     def project(self, level: int, hidden: Float[Tensor, "B T Q E"]) -> Float[Tensor, "B T D"]:
         """z = mean over the queries of h_phi(h) (D2)."""
@@ -91,8 +109,10 @@ class Alignment(nn.Module):
             y_star: teacher targets of the same frames; a grid is flattened.
         """
         target = y_star.flatten(2).to(self.target_mean.dtype)
-        if self.cfg.target_norm == "center":
+        if self.cfg.target_norm != "none":
             target = target - self.target_mean
+        if self.cfg.target_norm == "whiten":
+            target = target @ self.whitening
         total = target.new_zeros(())
         per_level: dict[int, Tensor] = {}
         weights: dict[int, Tensor] = {}

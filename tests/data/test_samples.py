@@ -52,13 +52,17 @@ def test_evaluation_takes_the_first_draw_and_repeats_are_allowed(stores: dict[st
     assert batch.y_star is None
 
 
-def test_the_mean_target_counts_every_distinct_frame_once(stores: dict[str, makers.FeatureStore]) -> None:
-    mean = CachedSamples(SAMPLES[:2], *stores.values()).target_mean()
+def test_mean_and_covariance_of_the_targets_count_every_distinct_frame_once(
+    stores: dict[str, makers.FeatureStore],
+) -> None:
+    mean, covariance = CachedSamples(SAMPLES[:2], *stores.values()).target_moments()
     rows = [
         makers.features("pooled/layer8", "ant", [0, 3, 6, 9]),
         makers.features("pooled/layer8", "elk", [0, 1, 2, 4, 6]),
     ]
     np.testing.assert_allclose(mean.numpy(), np.concatenate(rows).mean(0), rtol=1e-5, atol=1e-6)
+    expected = np.cov(np.concatenate(rows).astype(np.float64), rowvar=False, bias=True)
+    np.testing.assert_allclose(covariance.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_samples_with_a_missing_frame_in_any_draw_are_dropped_and_named(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.config import AlignConfig
-from stages.train.alignment import Alignment, kd_loss, projection_head
+from stages.train.alignment import Alignment, kd_loss, projection_head, whitening_of
 
 
 def hidden_states(levels: tuple[int, ...], *, seed: int = 0) -> dict[int, torch.Tensor]:
@@ -123,6 +123,27 @@ def test_a_centred_target_ignores_the_common_mode() -> None:
     torch.testing.assert_close(alignment(hidden, y_star + mean).total, raw(hidden, y_star).total)
     with pytest.raises(ValueError, match="target_norm=center"):
         Alignment(AlignConfig(target_norm="center"), hidden_size=8, target_size=6)
+
+
+def test_whitened_targets_have_unit_variance_in_every_direction_that_varies() -> None:
+    mixed = torch.randn(4000, 3, dtype=torch.float64) @ torch.tensor([[5.0, 1, 0], [0, 0.5, 0.2], [0, 0, 0.1]]).double()
+    white = (mixed - mixed.mean(0)) @ whitening_of(mixed.T.cov(correction=0), floor=0.0)
+    torch.testing.assert_close(white.T.cov(correction=0), torch.eye(3).double(), atol=1e-6, rtol=0)
+    flat = whitening_of(torch.diag(torch.tensor([1.0, 1e-12])))  # noise is not blown up to a unit
+    assert float(flat[1, 1]) * 1e-6 < 0.1
+
+
+def test_the_alignment_whitens_and_asks_for_what_it_needs() -> None:
+    mean, covariance = torch.randn(6), torch.diag(torch.tensor([9.0, 4, 1, 1, 1, 1]))
+    cfg = AlignConfig(levels=(2,), target_norm="whiten", weights="uniform")
+    alignment = Alignment(cfg, hidden_size=8, target_size=6, target_mean=mean, target_covariance=covariance)
+    raw = Alignment(AlignConfig(levels=(2,), weights="uniform"), hidden_size=8, target_size=6)
+    raw.heads.load_state_dict(alignment.heads.state_dict())
+    hidden, y_star = hidden_states((2,)), torch.randn(2, 3, 6)
+    expected = raw(hidden, y_star / covariance.diag().add(1e-3 * covariance.diag().mean()).sqrt()).total
+    torch.testing.assert_close(alignment(hidden, y_star + mean).total, expected)
+    with pytest.raises(ValueError, match="whiten needs the covariance"):
+        Alignment(cfg, hidden_size=8, target_size=6, target_mean=mean)
 
 
 def test_a_grid_target_is_flattened() -> None:

@@ -1,0 +1,257 @@
+"""Does the diffusion teacher help here? Paired runs on the miniature: ``python -m tests.bench.verdicts --help``.
+
+Every run is one line of ``OUT/runs.jsonl``: arm, seed, accuracy on val and (unless ``--tune``) on test, right or wrong per
+test sample, and R² of the pair's place from the student's own hidden states. Runs that are there are not run again, so a
+long series can be stopped at any time. ``--table`` prints the arms beside the first one: difference in accuracy with a
+video-clustered test over paired seeds.
+
+An arm is a name of ``ARMS`` and any number of ``key=value`` settings: ``kd train.lr=2e-3``. Settings are chosen on val with
+seeds that no comparison uses (``--tune``, 100 and up).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline import overrides, presets
+from pipeline.compose import build_trainer, load_dataset, open_stores
+from stages.config import PipelineConfig
+from stages.data.samples import Batch, CachedSamples, few
+from stages.decode.metrics import is_correct
+from stages.train.loop import Trainer, make_schedule
+from stages.train.probes import ridge_r2
+from tests.bench.bench_layout import where
+
+TASK = ("data.task=spot", "data.num_frames=5", "train.max_samples=256")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Settings over the preset, and what is done to the targets."""
+
+    sets: tuple[str, ...]
+    control: str = ""  # shuffled: targets of another video; constant: their mean
+    unlabelled: bool = False  # the alignment sees every training video, L_ce the labelled ones
+    before: int = 0  # steps of alignment alone, before as many of L_ce alone as ever
+
+
+ARMS = {
+    "ce": Arm(("train.lambda_kd=0",)),
+    **{f"kd{value:g}": Arm((f"train.lambda_kd={value}",)) for value in (0.03, 0.1, 0.3, 1.0, 3.0)},
+    "center": Arm(("align.target_norm=center",)),
+    "whiten": Arm(("align.target_norm=whiten",)),
+    "grid2": Arm(("teacher.grid=2",)),
+    "grid4": Arm(("teacher.grid=4",)),
+    "grid4-center": Arm(("teacher.grid=4", "align.target_norm=center")),
+    "shuffled": Arm((), control="shuffled"),
+    "constant": Arm((), control="constant"),
+    "unlabelled": Arm((), unlabelled=True),
+    "unlabelled-center": Arm(("align.target_norm=center",), unlabelled=True),
+    "unlabelled-grid4-center": Arm(("teacher.grid=4", "align.target_norm=center"), unlabelled=True),
+    "before": Arm((), before=150),
+    "before-center": Arm(("align.target_norm=center",), before=150),
+    "before-grid4-center": Arm(("teacher.grid=4", "align.target_norm=center"), before=150),
+    "uniform": Arm(("align.weights=uniform", "align.uniform_weight=1.0")),
+}
+
+
+class Remembered(CachedSamples):
+    """Samples whose features are read once and kept."""
+
+    def __init__(self, samples: Any, tokens: Any, pooled: Any = None) -> None:
+        super().__init__(samples, tokens, pooled)
+        whole = super().batch(range(len(samples)))
+        self._f, self._y = whole.f, whole.y_star
+
+    def batch(self, positions: Sequence[int], draws: Sequence[int] | None = None) -> Batch:
+        rows = list(positions)
+        chosen = tuple(self.samples[i] for i in rows)
+        return Batch(chosen, self._f[rows], None if self._y is None else self._y[rows])
+
+    def changed(self, control: str, mean: Tensor | None) -> None:
+        """Replace the targets by those of another video, or by their mean."""
+        assert self._y is not None
+        if control == "shuffled":
+            self._y = self._y.roll(len(self) // 2 + 1, dims=0)
+        elif control == "constant":
+            assert mean is not None
+            self._y = mean.view(1, 1, *self._y.shape[2:]).expand_as(self._y).clone()
+
+
+@dataclass
+class Lab:
+    """Everything that runs share: features by teacher grid, read once."""
+
+    cache: Path
+    sets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self._data: dict[tuple[str, ...], dict[str, Remembered]] = {}
+
+    def data(self, config: PipelineConfig) -> dict[str, Remembered]:
+        """The three splits with the targets that this configuration names."""
+        key = (config.data.task, str(config.data.num_frames), str(config.teacher.grid), str(config.teacher.layer))
+        if key not in self._data:
+            dataset = load_dataset(config)
+            stores = open_stores(config, self.cache, aligned=True)
+            self._data[key] = {
+                split: Remembered(dataset.samples(split), *(stores if split == "train" else stores[:1]))
+                for split in dataset.splits
+            }
+        return self._data[key]
+
+    def run(self, arm: Arm, extra: Sequence[str], seed: int, *, tune: bool) -> dict[str, Any]:
+        """One run from start to score."""
+        config = overrides.apply(presets.miniature(), [*self.sets, *arm.sets, *extra, f"train.seed={seed}"])
+        splits = self.data(config)
+        everything = splits["train"]
+        aligned = config.train.lambda_kd > 0
+        train = Remembered(
+            few(everything.samples, config.train.max_samples, seed),
+            everything.tokens,
+            everything.pooled if aligned else None,
+        )
+        if arm.control:
+            train.changed(arm.control, everything.target_moments()[0])
+        started = time.process_time()
+        trainer = build_trainer(config, train, "cpu")
+        trainer.student.train()
+        _train(trainer, train, everything, arm, config)
+        seconds = time.process_time() - started
+        trainer.student.eval()
+        result: dict[str, Any] = {"cpu_seconds": round(seconds, 1), "val": _right(trainer, splits["val"]).mean()}
+        if not tune:
+            right = _right(trainer, splits["test"])
+            result |= {"test": right.mean(), "n": len(right), "right": "".join(map(str, right.astype(int)))}
+            result["r2_place"] = _place_r2(trainer, splits, config)
+        result["train"] = _right(trainer, train).mean()
+        return result
+
+
+def _train(trainer: Trainer, train: Remembered, everything: Remembered, arm: Arm, config: PipelineConfig) -> None:
+    if arm.before:
+        schedule = make_schedule(config.train.model_copy(update={"max_steps": arm.before}), len(train))
+        for step in range(arm.before):
+            _apart(trainer, None, everything, step, schedule)
+        trainer.alignment, held = None, trainer.alignment
+        schedule = make_schedule(config.train, len(train))
+        for step in range(schedule.total_steps):
+            trainer.step(train, step, schedule)
+        trainer.alignment = held
+        return
+    schedule = make_schedule(config.train, len(train))
+    for step in range(schedule.total_steps):
+        if arm.unlabelled:
+            _apart(trainer, train, everything, step, schedule)
+        else:
+            trainer.step(train, step, schedule)
+
+
+def _apart(trainer: Trainer, train: Remembered | None, everything: Remembered, step: int, schedule: Any) -> None:
+    """A step whose L_kd is on other samples than its L_ce (of which there may be none)."""
+    cfg, alignment = trainer.cfg, trainer.alignment
+    assert alignment is not None
+    rng = np.random.default_rng([cfg.seed, step, 7])
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = schedule.lr(step)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    batch = everything.batch(rng.choice(len(everything), cfg.batch_size, replace=False).tolist())
+    out = trainer.student(batch.f, batch.prompts, levels=trainer.align_cfg.levels, frames="all")
+    assert batch.y_star is not None
+    (cfg.lambda_kd * alignment(out.hidden, batch.y_star).total).backward()
+    if train is not None:
+        batch = train.batch(rng.choice(len(train), cfg.batch_size, replace=False).tolist())
+        nll, count = trainer.decoder.loss_sum(
+            trainer.student(batch.f, batch.prompts).prefix, batch.prompts, batch.answers
+        )
+        (nll / count).backward()
+    trainer.optimizer.step()
+
+
+@torch.no_grad()
+def _right(trainer: Trainer, data: Remembered) -> Float[np.ndarray, " n"]:
+    """1 where the best beam is the answer."""
+    found = []
+    for first in range(0, len(data), 256):
+        batch = data.batch(range(first, min(first + 256, len(data))))
+        beams = trainer.decoder.generate(trainer.student(batch.f, batch.prompts).prefix, batch.prompts)
+        found += [
+            is_correct(said[0], sample.answer, "exact") for said, sample in zip(beams, batch.samples, strict=True)
+        ]
+    return np.array(found, dtype=float)
+
+
+@torch.no_grad()
+def _place_r2(trainer: Trainer, splits: Mapping[str, Remembered], config: PipelineConfig) -> dict[str, float]:
+    """R² of the pair's centre in the last frame from the mean query state of two levels there."""
+    xs: dict[int, list[np.ndarray]] = {8: [], 13: []}
+    ys = []
+    for split in ("train", "val", "test"):
+        data = splits[split]
+        rows = range(min(len(data), 900))
+        states: dict[int, list[Tensor]] = {u: [] for u in xs}
+        for first in range(0, len(rows), 256):
+            batch = data.batch(rows[first : first + 256])
+            hidden = trainer.student(batch.f, batch.prompts, levels=tuple(xs), frames="last").hidden
+            for u in xs:
+                states[u].append(hidden[u][:, -1].flatten(1))
+        for u, parts in states.items():
+            xs[u].append(torch.cat(parts).double().numpy())
+        ys.append(
+            np.array(
+                [where(s.video_id, int(s.frame_index[-1]), fps=config.data.fps)[:2] for s in data.samples[: len(rows)]]
+            )
+        )
+    return {f"level{u}": round(float(ridge_r2(*zip(x, ys, strict=True)).mean()), 4) for u, x in xs.items()}
+
+
+def main() -> None:
+    """Run what is asked for and not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--arms", nargs="*", default=[], help=f"any of {', '.join(ARMS)}, each with key=value settings after ':'"
+    )
+    parser.add_argument("--seeds", default="0-9")
+    parser.add_argument("--set", nargs="*", default=list(TASK), dest="sets")
+    parser.add_argument("--cache", type=Path, default=Path("cache/miniature/features"))
+    parser.add_argument("--out", type=Path, default=Path("runs/verdicts"))
+    parser.add_argument("--tune", action="store_true", help="score on val only")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    path = asked.out / "runs.jsonl"
+    first, _, last = asked.seeds.partition("-")
+    lab = Lab(asked.cache, tuple(asked.sets))
+    for seed in range(int(first), int(last or first) + 1):
+        for name in asked.arms:
+            key = {"sets": asked.sets, "arm": name, "seed": seed, "tune": asked.tune}
+            if key in [{k: run.get(k) for k in key} for run in runs(path)]:
+                continue
+            kind, _, extra = name.partition(":")
+            result = key | lab.run(ARMS[kind], extra.split(",") if extra else [], seed, tune=asked.tune)
+            with path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            shown = {k: v for k, v in result.items() if k not in ("right", "sets")}
+            print(json.dumps(shown), flush=True)
+
+
+def runs(path: Path) -> list[dict[str, Any]]:
+    """All finished runs."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    main()
