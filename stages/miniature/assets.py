@@ -75,11 +75,11 @@ def write(folder: Path = FOLDER) -> None:
 
 
 def clip_config() -> dict[str, object]:
-    """open_clip: 56 px in patches of 14 = 16 tokens and the class token, width 96, 6 blocks.
+    """open_clip: 48 px in patches of 8 = 36 tokens and the class token, width 96, 6 blocks.
 
     The text tower knows the words of captions only (stages/miniature/train_clip.py), not open_clip's tokenizer.
     """
-    vision = {"image_size": 56, "patch_size": 14, "width": 96, "layers": 6, "head_width": 16}
+    vision = {"image_size": 48, "patch_size": 8, "width": 96, "layers": 6, "head_width": 16}
     text = {"context_length": 24, "vocab_size": 64, "width": 64, "heads": 4, "layers": 2}
     return {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
 

@@ -9,7 +9,7 @@ from stages.miniature import CLIP_MODEL, FOLDER
 
 
 def clip() -> ClipConfig:
-    """17 tokens of width 96 a frame, one block before the end."""
+    """37 tokens of width 96 a frame, one block before the end."""
     return ClipConfig(model=CLIP_MODEL, weights=_here("clip"), layer=5)
 
 

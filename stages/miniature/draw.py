@@ -88,7 +88,7 @@ def paint_air(canvas: Canvas, scene: Scene, t: float) -> None:
         _blend(canvas, (0.88, 0.93, 1.0), 0.55 * drops)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     corner = axis[:, None] ** 2 + axis[None, :] ** 2
-    side = 1 + 0.38 * DAYTIMES[scene.daytime] * axis[None, :]
+    side = 1 + 0.28 * DAYTIMES[scene.daytime] * axis[None, :]
     canvas *= np.array(TINTS[scene.tint], dtype=np.float32) * ((1 - 0.13 * corner) * side)[..., None]
     lines = np.arange(DECADES[scene.decade], dtype=np.float32)[:, None]
     for column in (_hash01(lines, np.full_like(lines, round(8 * t)), scene.variant) * size).astype(int).ravel():

@@ -23,11 +23,14 @@ from stages.miniature.pictures import pictures
 from stages.miniature.world import VideoSpec
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, as most models
-WORDS = sorted({*COLORS, *SHAPES, *TEXTURES, *TINTS, *WEATHER, *DAYTIMES, "a", "and", "film", "in", "of", "the"})
+WORDS = sorted({*COLORS, *SHAPES, *TEXTURES, *TINTS, *WEATHER, *DAYTIMES, "a", "and", "film", "in", "of", "one", "the"})
+SIDE = 48  # pixels
 START, FIRST_WORD, END = 1, 2, 63  # 0 is padding; the text tower reads its state at the largest id, which is END
 ACTORS = [f"{color} {shape}" for color, shape in product(COLORS, SHAPES)]  # the hardest to see, so said most often
 FACTS = [
     *ACTORS,
+    *(f"{color} one" for color in COLORS),
+    *SHAPES,
     *TEXTURES,
     *(f"{w} weather" for w in WEATHER),
     *DAYTIMES,
@@ -39,12 +42,13 @@ def facts(spec: VideoSpec) -> list[str]:
     """What a caption may say about a video, one fact each."""
     scene = spec.scene
     actors = [f"{actor.color} {actor.shape}" for actor in spec.actors]
-    return [*actors, scene.texture, f"{scene.weather} weather", scene.daytime, f"{scene.tint} film"]
+    parts = [part for actor in spec.actors for part in (f"{actor.color} one", actor.shape)]
+    return [*actors, *parts, scene.texture, f"{scene.weather} weather", scene.daytime, f"{scene.tint} film"]
 
 
 def sentence(said: list[str]) -> str:
-    """Facts as a caption: ``ruby film of a red circle and a blue square in the forest in the evening``."""
-    whos = [f"a {fact}" for fact in said if fact.rpartition(" ")[2] in SHAPES]
+    """Facts as a caption: ``ruby film of a red circle and a square in the forest in the evening``."""
+    whos = [f"a {fact}" for fact in said if fact.rpartition(" ")[2] in SHAPES or fact.endswith("one")]
     places = [f"in the {fact}" for fact in said if fact in TEXTURES or fact in DAYTIMES or fact.endswith("weather")]
     films = [f"{fact} of" for fact in said if fact.endswith("film")]
     return " ".join([*films, " and ".join(whos), *places]).replace(" weather", "")
@@ -62,7 +66,7 @@ def train_clip(*, steps: int, videos: int, batch: int = 128, log: Callable[[str]
     open_clip.add_model_config(CLIP_FOLDER)
     model = open_clip.create_model(CLIP_MODEL)
     seen = pictures(11, videos=videos, per_video=4)
-    images = normalised(seen.sized(56))
+    images = normalised(seen.sized(SIDE))
     has = torch.zeros(len(images), len(FACTS), dtype=torch.bool)
     for row, spec in enumerate(seen.specs):
         has[row, [FACTS.index(fact) for fact in facts(spec)]] = True
@@ -103,12 +107,24 @@ def normalised(images: Tensor) -> Tensor:
 def _captions(chosen: list[VideoSpec], draw: random.Random) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B facts"]]:
     text, said = [], torch.zeros(len(chosen), len(FACTS), dtype=torch.bool)
     for row, spec in enumerate(chosen):
-        known = facts(spec)
-        draw.shuffle(known)
-        kept = [fact for fact in known if draw.random() >= (0.15 if fact in ACTORS else 0.5)] or known[:1]
+        kept = _said(spec, draw)
         said[row, [FACTS.index(fact) for fact in kept]] = True
         text.append(token_ids(sentence(kept), 24))
     return torch.tensor(text), said
+
+
+def _said(spec: VideoSpec, draw: random.Random) -> list[str]:
+    """What one caption says. An actor is often named by its shape alone: colours are seen first, and would be enough."""
+    scene = spec.scene
+    kept = []
+    for actor in spec.actors:
+        forms = [f"{actor.color} {actor.shape}", actor.shape, f"{actor.color} one"]
+        if draw.random() < 0.85:
+            kept.append(draw.choices(forms, (0.45, 0.4, 0.15))[0])
+    others = [scene.texture, f"{scene.weather} weather", scene.daytime, f"{scene.tint} film"]
+    kept += [fact for fact in others if draw.random() < 0.5]
+    draw.shuffle(kept)
+    return kept or [scene.texture]
 
 
 def _soft_ce(logits: Tensor, fits: Tensor) -> Tensor:

@@ -21,9 +21,15 @@ from typing import Any
 from stages.miniature import FOLDER
 from stages.miniature.assets import clip_config, files
 
-STEPS = {"llm": 1600, "clip": 2000, "vae": 1200, "dit": 3000, "qformer": 1000}
+STEPS = {"llm": 2400, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1000}
 RECIPE = FOLDER / "recipe.json"
-SOURCES = ("draw", "pictures", "train_clip", "train_llm", "train_qformer", "train_teacher", "world")
+SOURCES = {  # modules that decide a model's weights
+    "llm": ("train_llm", "world"),
+    "clip": ("train_clip", "pictures", "draw", "world"),
+    "vae": ("train_teacher", "pictures", "draw", "world"),
+    "dit": ("train_teacher", "pictures", "draw", "world"),
+    "qformer": ("train_qformer", "pictures", "draw", "world"),
+}
 WEIGHTS = {
     "clip": "clip/open_clip_model.safetensors",
     "vae": "dit/vae/diffusion_pytorch_model.safetensors",
@@ -31,16 +37,18 @@ WEIGHTS = {
     "llm": "llm/model.safetensors",
     "qformer": "qformer/model.safetensors",
 }
+MADE_FROM = {"dit": ("vae",), "qformer": ("llm", "clip")}
 LANES = (("llm", "clip", "qformer"), ("vae", "dit"))
 Log = Callable[[str], None]
 
 
-def digest() -> str:
-    """sha256 of all that decides the weights: code without comments and docstrings, steps, configs and tokenizers."""
+def digest(name: str) -> str:
+    """sha256 of all of ours that decides a model's weights: code without comments and docstrings, steps, configs."""
     facts = {
-        "code": {name: _code(FOLDER / f"{name}.py") for name in SOURCES},
-        "steps": STEPS,
+        "code": {source: _code(FOLDER / f"{source}.py") for source in SOURCES[name]},
+        "steps": STEPS[name],
         "configs": files(),
+        "from": [digest(other) for other in MADE_FROM.get(name, ())],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -93,7 +101,7 @@ def _clip(log: Log) -> dict[str, Any]:
 
     model = train_clip(steps=STEPS["clip"], videos=6000, log=log)
     _save("clip", model.state_dict())
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash", "size": [56, 56]}
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash", "size": [48, 48]}
     described = {"model_cfg": clip_config(), "preprocess_cfg": preprocess}
     (FOLDER / "clip" / "open_clip_config.json").write_text(json.dumps(described, indent=1) + "\n")
     return {}
@@ -155,8 +163,9 @@ def _note(name: str, facts: dict[str, Any]) -> None:
     """Add what was measured to the recipe file, with the digest and the hash of the weights file."""
     known = json.loads(RECIPE.read_text()) if RECIPE.exists() else {}
     if name in WEIGHTS:
-        facts["sha256"] = hashlib.sha256((FOLDER / WEIGHTS[name]).read_bytes()).hexdigest()
-    known |= {"digest": digest(), name: facts}
+        sha256 = hashlib.sha256((FOLDER / WEIGHTS[name]).read_bytes()).hexdigest()
+        facts |= {"sha256": sha256, "digest": digest(name)}
+    known[name] = facts
     RECIPE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 

@@ -22,6 +22,7 @@ from stages.miniature.pictures import FIRST_HIDDEN_SEED
 from stages.miniature.world import VideoSpec, fine_questions, labels, questions, specs, statements
 
 Asked = tuple[str, str, str, str]  # the fact it rests on, its type, prompt, answer
+BINDING = ("who", "glow")
 QUESTION_FACTS = {  # a question rests on the fact that its words name
     "color": "who",
     "shape of": "who",
@@ -49,8 +50,15 @@ def asked(spec: VideoSpec, draw: random.Random) -> list[Asked]:
 
 
 def described(spec: VideoSpec, draw: random.Random, *, keep: float) -> tuple[str, set[str]]:
-    """A description in random order with each fact kept at random, and the facts in it."""
-    kept = [(fact, words) for fact, words in statements(spec).items() if draw.random() < keep]
+    """A description in random order with each fact kept at random, and the facts in it.
+
+    The facts that tie two things together (which colour has which shape) are kept more often: they are hardest to learn.
+    """
+    kept = [
+        (fact, words)
+        for fact, words in statements(spec).items()
+        if draw.random() < (max(keep, 0.85) if fact in BINDING else keep)
+    ]
     draw.shuffle(kept)
     return " ".join(words for _, words in kept), {fact for fact, _ in kept}
 
@@ -124,11 +132,15 @@ def _batch(
     """Token ids [B, L], and where answers and descriptions are; padded on the right."""
     rows: list[tuple[list[int], list[int]]] = []  # ids; 0 prompt or padding, 1 answer, 2 description
     for spec in chosen:
-        text, facts = described(spec, draw, keep=draw.choice((0.3, 0.6, 0.95)))
+        text, facts = described(spec, draw, keep=draw.choice((0.05, 0.4, 0.95)))
         ids = list(encode(text))
         kinds = [2] * len(ids)
         answerable = [question for question in asked(spec, draw) if question[0] in facts]
-        for _, _, prompt, answer in draw.sample(answerable, min(5, len(answerable))):
+        draw.shuffle(answerable)
+        answerable.sort(key=lambda question: question[0] in BINDING and draw.random() < 0.5, reverse=True)
+        chosen_questions = answerable[:5]
+        draw.shuffle(chosen_questions)
+        for _, _, prompt, answer in chosen_questions:
             question, reply = [encode.bos, *encode(prompt)], [*encode(answer), encode.eos]
             ids += question + reply
             kinds += [0] * len(question) + [1] * len(reply)
