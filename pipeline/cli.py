@@ -245,12 +245,38 @@ def baselines(
         _show("baselines", result, dry_run, as_json)
 
 
+@app.command(epilog="Example:  pipeline tour --out runs/tour")
+def tour(
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="One folder per task and arm.")] = Path("runs/tour"),
+    processes: Annotated[
+        int, typer.Option("--processes", min=0, metavar="N", help="Runs at a time, one thread each; 0 = one a core.")
+    ] = 0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The miniature's study: a coarse and a fine task, with and without the diffusion teacher, beside the baselines."""
+    with guard(debug=debug, as_json=as_json):
+        config = _config("miniature", sets)
+        cache = _cache(cache, config)
+        _compose(dry_run=False)
+        from pipeline.progress import Progress
+        from pipeline.tour import processes_here
+        from pipeline.tour import tour as run_tour
+
+        with Progress() as progress:
+            result = run_tour(config, cache=cache, out=out, processes=processes or processes_here(), progress=progress)
+        _show("tour", result, False, as_json)
+
+
 @app.command(epilog="Example:  pipeline synth --videos 60 --seed 1 --out cache/another-world")
 def synth(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where videos and annotations go.")] = Path(
         "cache/miniature/world"  # where preset miniature looks
     ),
     videos: Annotated[int, typer.Option("--videos", min=6, metavar="N", help="How many, all splits together.")] = 48,
+    workers: Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Processes that draw.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Another seed draws other videos.")] = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -259,7 +285,7 @@ def synth(
     with guard(debug=debug, as_json=as_json):
         from stages.miniature.world import write_world
 
-        world = write_world(out, videos=videos, seed=seed)
+        world = write_world(out, videos=videos, seed=seed, workers=workers)
         result = {"folder": str(world.root), "videos": world.videos, "frames": world.frames, "written": world.written}
         _show("synth", result, False, as_json)
 
@@ -376,6 +402,7 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
             "train-student": results.show_training,
             "evaluate": results.show_evaluation,
             "baselines": results.show_baselines,
+            "tour": results.show_tour,
             "synth": results.show_synth,
         }[command](result)
 

@@ -119,6 +119,25 @@ def show_baselines(result: Result) -> None:
         _say(f"{len(result['baselines'])} of {len(result['baselines'])} were there before; nothing to do")
 
 
+def show_tour(result: Result) -> None:
+    """One line a model, one column a task: right of all, in %, with its interval."""
+    tasks: Mapping[str, Mapping[str, Result]] = result["table"]
+    table = _table("top-1 on test, in %", *(f"{task} (n = {_n(rows)})" for task, rows in tasks.items()))
+    for row in next(iter(tasks.values())):
+        table.add_row(printable(row), *(_with_interval(rows[row]) for rows in tasks.values()))
+    _print("A coarse task that captions mention, and a fine one that they never do:", table)
+    _say(f"Seed {result['seed']} alone: a difference between two lines may be the seed's. Intervals: 95 %.")
+
+
+def _n(rows: Mapping[str, Result]) -> int:
+    return int(next(iter(rows.values()))["n"])
+
+
+def _with_interval(part: Result) -> str:
+    low, high = part.get("video_interval") or part["interval"]
+    return f"{100 * part['top1']:.1f}  ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def show_synth(result: Result) -> None:
     """What was drawn, and where."""
     now = f"{result['written']} drawn now" if result["written"] else "all drawn before; nothing to do"
