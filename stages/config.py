@@ -117,6 +117,7 @@ class StudentConfig(Config):
     max_frames: int = Field(120, ge=1)  # rows of PE (MA-LMM max_num_frames)
     pe: Literal["learned", "frozen_zero"] = "learned"  # D11
     train_ln_vision: bool = True  # D11
+    evaluation: Literal["parallel", "reference"] = "parallel"  # D38: all steps at once, or one by one; equal results
     max_text_tokens: int = Field(128, ge=1)  # instruction tokens into the Q-Former (MA-LMM max_txt_len)
 
 
