@@ -52,7 +52,7 @@ def asked(spec: VideoSpec, draw: random.Random) -> list[Asked]:
 def described(spec: VideoSpec, draw: random.Random, *, keep: float) -> tuple[str, set[str]]:
     """A description in random order with each fact kept at random, and the facts in it.
 
-    The facts that tie two things together (which colour has which shape) are kept more often: they are hardest to learn.
+    The facts that tie two things together (which colour has which shape) are kept more often: the hardest to learn.
     """
     kept = [
         (fact, words)

@@ -1,12 +1,12 @@
 """Does the diffusion teacher help here? Paired runs on the miniature: ``python -m tests.bench.verdicts --help``.
 
-Every run is one line of ``OUT/runs.jsonl``: arm, seed, accuracy on val and (unless ``--tune``) on test, right or wrong per
-test sample, and R² of the pair's place from the student's own hidden states. Runs that are there are not run again, so a
-long series can be stopped at any time. ``--table`` prints the arms beside the first one: difference in accuracy with a
-video-clustered test over paired seeds.
+Every run is one line of ``OUT/runs.jsonl``: arm, seed, accuracy on val and (unless ``--tune``) on test, right or wrong
+per test sample, and R² of the pair's place from the student's own hidden states. Runs that are there are not run again,
+so a long series can be stopped at any time. ``--table`` prints every arm beside the first one: the difference in
+accuracy over paired seeds, with a video-clustered interval and test.
 
-An arm is a name of ``ARMS`` and any number of ``key=value`` settings: ``kd train.lr=2e-3``. Settings are chosen on val with
-seeds that no comparison uses (``--tune``, 100 and up).
+An arm is a name of ``ARMS`` and any number of settings: ``kd1:train.lr=2e-3``. Settings are chosen on val with seeds that
+no comparison uses (``--tune``, 100 and up).
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Remembered(CachedSamples):
         self._f, self._y = whole.f, whole.y_star
 
     def batch(self, positions: Sequence[int], draws: Sequence[int] | None = None) -> Batch:
+        assert draws is None or all(len(self.samples[i].draws) == 1 for i in positions), "windows have one choice"
         rows = list(positions)
         chosen = tuple(self.samples[i] for i in rows)
         return Batch(chosen, self._f[rows], None if self._y is None else self._y[rows])
