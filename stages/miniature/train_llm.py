@@ -22,11 +22,13 @@ from stages.miniature.pictures import FIRST_HIDDEN_SEED
 from stages.miniature.world import VideoSpec, fine_questions, labels, questions, specs, statements
 
 Asked = tuple[str, str, str, str]  # the fact it rests on, its type, prompt, answer
-BINDING = ("who", "glow")
+BINDING = ("who", "colors", "glow")
 QUESTION_FACTS = {  # a question rests on the fact that its words name
-    "color": "who",
+    "color": "colors",
     "shape of": "who",
+    "one?": "colors",
     "who is with": "who",
+    "tint": "director",
     "where are": "scene",
     "weather": "genre",
     "when does it": "daytime",
