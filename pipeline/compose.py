@@ -346,7 +346,7 @@ def evaluate(
     decoder: Decoder = registry.load("decoder", config.decode.name)(config.decode, device=device)
     student = _student(config, stores[0].spec, decoder, device).eval()
     student.load_state_dict(module_weights("student", loaded.tensors), strict=True)
-    write = run.predictions if split == "test" else run.path / f"predictions-{split}.jsonl"
+    write = scoring.predictions_file(run.path, split)
     made_by = _digest(loaded.path, config)
     answered = resume(write, made_by)
     todo = [i for i, sample in enumerate(data.samples) if sample.sample_id not in answered]
@@ -359,7 +359,7 @@ def evaluate(
         log=lambda done: progress(len(answered) + done, len(data), split),
         run=made_by,
     )
-    report = scoring.report(dataset, found, split, write)
+    report = scoring.report(dataset, samples, found, split, write)
     never = decoder.unreachable([sample.answer for sample in found.samples])
     if never:
         shown = ", ".join(map(repr, never[:5]))
