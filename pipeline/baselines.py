@@ -17,7 +17,7 @@ from typing import Any
 
 from cache_schema.store import FeatureStore
 from pipeline import registry, results, scoring
-from pipeline.compose import available_samples, load_dataset, open_stores, samples_of
+from pipeline.compose import available_samples, load_dataset, open_stores, refuse_leaks, samples_of
 from pipeline.errors import ConfigError
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
@@ -47,6 +47,7 @@ def baselines(
     absent = [name for name in ("train", "val") if name not in dataset.splits]
     if absent:
         raise ConfigError(f"a baseline is fitted on train and chosen on val; the annotations have no {absent[0]} split")
+    refuse_leaks(config, dataset.leaks)
     wanted = [samples_of(dataset, name) for name in ("train", "val", split)]
     if dry_run:
         sizes = {f"{name}_samples": len(part) for name, part in zip(("train", "val", split), wanted, strict=True)}

@@ -121,7 +121,7 @@ def show_baselines(result: Result) -> None:
     for name, reason in result["refused"].items():
         _say(f"{name} was left out: {reason}")
     for part in list(result["baselines"].values())[:1]:
-        _say(f"{part['videos']} videos; {_how(part)}")
+        _say(f"{part['videos']} videos; {_how({**part, 'interval': None})}")
         _protocol(part)
     _say(f"Fitted on {result['train_samples']} samples, chosen on {result['val_samples']} of val; in {result['out']}")
     if not result["fitted"]:
