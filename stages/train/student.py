@@ -89,6 +89,13 @@ class Student(nn.Module):
         out: Tensor = self.ln_vision(tokens) + self.image_pe.weight[t]
         return out
 
+    def check(self, num_frames: int, levels: Sequence[int]) -> None:
+        """Raise ValueError for more frames than PE has rows, or a level that does not exist."""
+        if num_frames > self.cfg.max_frames:
+            raise ValueError(f"{num_frames} frames, but student.max_frames is {self.cfg.max_frames}; raise it")
+        if any(u > self.cfg.num_layers + 1 for u in levels):
+            raise ValueError(f"align.levels {tuple(levels)}: this student has levels 1 to {self.cfg.num_layers + 1}")
+
     def forward(
         self,
         f: Float[Tensor, "B T P C"],
@@ -111,10 +118,7 @@ class Student(nn.Module):
         """
         num_frames = f.shape[1]
         levels = tuple(levels)
-        if num_frames > self.cfg.max_frames:
-            raise ValueError(f"{num_frames} frames, but student.max_frames is {self.cfg.max_frames}; raise it")
-        if any(u > self.cfg.num_layers + 1 for u in levels):
-            raise ValueError(f"align.levels {levels}: this student has levels 1 to {self.cfg.num_layers + 1}")
+        self.check(num_frames, levels)
         first_wanted = num_frames - num_aligned_frames(frames, num_frames)
         text_ids, text_keep = self.tokenize(prompts)
         evaluate = self._parallel if self.cfg.evaluation == "parallel" else self._sequential
@@ -177,14 +181,16 @@ def load_tokenizer(cfg: StudentConfig) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def build(cfg: StudentConfig, *, clip_width: int, llm_width: int) -> Student:
+def build(cfg: StudentConfig, *, clip_width: int, llm_width: int, kind: type[Student] = Student) -> Student:
     """A student with seeded weights, or with those of an InstructBLIP checkpoint (D19).
+
+    ``kind`` is the class to make: all have the same parameters and start from the same values.
 
     Raises:
         ValueError: settings that do not fit together.
         stages.weights.WeightsMissing: the checkpoint is not here; names the command that fetches it.
     """
-    student = Student(cfg, load_tokenizer(cfg), clip_width=clip_width, llm_width=llm_width)
+    student = kind(cfg, load_tokenizer(cfg), clip_width=clip_width, llm_width=llm_width)
     seed = weights.parse_seed(cfg.init)
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
     init_like_bert(student.qformer, generator, cfg.hidden_size)
