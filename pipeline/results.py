@@ -135,7 +135,7 @@ def show_tour(result: Result) -> None:
     for row in next(iter(tasks.values())):
         table.add_row(printable(row), *(_with_interval(rows[row]) for rows in tasks.values()))
     _print("A coarse task that captions mention, and a fine one that they never do:", table)
-    _say(f"Seed {result['seed']} alone: a difference between two lines may be the seed's. Intervals: 95 %.")
+    _say(f"Seed {result['seed']} alone: a difference between two lines may be the seed's. Intervals: 95 %, over videos.")
 
 
 def _n(rows: Mapping[str, Result]) -> int:
@@ -143,7 +143,7 @@ def _n(rows: Mapping[str, Result]) -> int:
 
 
 def _with_interval(part: Result) -> str:
-    low, high = part.get("video_interval") or part["interval"]
+    low, high = part["by_video"]["interval"]
     return f"{100 * part['top1']:.1f}  ({100 * low:.1f} to {100 * high:.1f})"
 
 
