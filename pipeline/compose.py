@@ -42,6 +42,7 @@ from stages.train.student import Student
 from stages.types import Decoder, Sample
 
 Which = Literal["clip", "teacher"]
+BOTH: tuple[Which, ...] = ("clip", "teacher")
 
 
 # ---------------------------------------------------------------- stage 1
@@ -50,7 +51,7 @@ Which = Literal["clip", "teacher"]
 def extract(
     config: PipelineConfig,
     *,
-    which: Which,
+    which: Which | Literal["both"],
     cache: Path,
     workers: int,
     retry_failed: bool,
@@ -59,17 +60,22 @@ def extract(
     dry_run: bool,
     progress: OnProgress,
 ) -> dict[str, Any]:
-    """Features of one encoder for every video that the dataset wants."""
+    """Features of one encoder, or of both from one pass, for every video that the dataset wants."""
+    encoders = BOTH if which == "both" else (which,)
+    command = "extract" if which == "both" else f"extract-{which}"
     dataset = _dataset(config)
     wanted = dataset.wanted(list(splits) or None)
     if dry_run:
         sizes = {
-            name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in _shapes(config, which)
+            name: int(np.prod(shape)) * np.dtype(dtype).itemsize
+            for encoder in encoders
+            for name, (shape, dtype) in _shapes(config, encoder)
         }
         return estimate(wanted, sizes).to_json()
     if not wanted:
         raise ConfigError(f"data.videos={config.data.videos!r} and data.annotations name no video")
-    job = Job(config, _builder(config, which), cache, device, help_command=_command(f"extract-{which}", config, cache))
+    builders = tuple(_builder(config, encoder) for encoder in encoders)
+    job = Job(config, builders, cache, device, help_command=_command(command, config, cache))
     report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
     failed, missing = report.failures, set(report.missing)
     per_split = {name: dataset.wanted([name]) for name in (list(splits) or dataset.splits)} or {"all": wanted}
@@ -110,7 +116,7 @@ def _shapes(config: PipelineConfig, which: Which) -> Iterator[tuple[str, tuple[t
 def _command(command: str, config: PipelineConfig, cache: Path) -> str:
     """What the user would type: the preset, and every setting that differs from it and matters to an extraction."""
     base, ours = flatten(presets.get(config.preset)), flatten(config)
-    rooms = ("data.", "clip.") if command == "extract-clip" else ("data.", "teacher.")
+    rooms = ("data.", *(f"{which}." for which in BOTH if command in ("extract", f"extract-{which}")))
     sets = [f"{key}={_typed(ours[key])}" for key in ours if ours[key] != base[key] and key.startswith(rooms)]
     parts = ["pipeline", command, "--preset", config.preset, "--cache", str(cache)]
     return shlex.join(parts + [part for item in sets for part in ("--set", item)])

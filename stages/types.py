@@ -111,7 +111,16 @@ class FrozenEncoder(Protocol):
         """Modality name -> spec: ``{"tokens": …}`` for CLIP, ``{"pooled/layer8": …}`` for the teacher."""
 
     def __call__(self, frames: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float[np.ndarray, "b ..."]]:
-        """Features of every modality for a batch of frames of one size, in the spec's dtype. No gradient, no state."""
+        """Features of every modality for a batch of frames of one size, in the spec's dtype. No gradient, no state.
+
+        It is ``encode(view(frames))``: two steps, so that one thread can prepare what another encodes.
+        """
+
+    def view(self, frames: UInt8[np.ndarray, "b h w 3"]) -> UInt8[Tensor, "b 3 size size"]:
+        """The frames as the network sees them, resized, in CPU memory. Safe beside ``encode`` in another thread."""
+
+    def encode(self, pictures: UInt8[Tensor, "b 3 size size"]) -> dict[str, Float[np.ndarray, "b ..."]]:
+        """Features of what ``view`` gave."""
 
     def weights_digest(self) -> str:
         """sha256 over names, dtypes, shapes and bytes of all weights in memory: equal before and after a run."""
