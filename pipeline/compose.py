@@ -30,8 +30,8 @@ from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
 from stages.data.manifest import coverage, estimate, majority_answer
 from stages.data.samples import Availability, Batch, CachedSamples, available
+from stages.decode.evaluate import by_window, read_predictions, resume
 from stages.decode.evaluate import evaluate as answer
-from stages.decode.evaluate import read_predictions, resume
 from stages.decode.metrics import is_correct, score
 from stages.extract.run import Job
 from stages.extract.run import extract as run_extraction
@@ -353,7 +353,7 @@ def evaluate(
     write = run.predictions if split == "test" else run.path / f"predictions-{split}.jsonl"
     made_by = _digest(loaded.path, config)
     answered = resume(write, made_by)
-    todo = [i for i, sample in enumerate(data.samples) if sample.sample_id not in answered]
+    todo = by_window(data.samples, (i for i, s in enumerate(data.samples) if s.sample_id not in answered))
     progress(len(answered), len(data), split)
     answer(
         lambda batch: student(batch.f, batch.prompts).prefix,
