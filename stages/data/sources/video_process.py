@@ -307,7 +307,8 @@ class VideoDecoder:
         while self.idle:
             self.idle.pop().kill()
         for process in tuple(self.busy):
-            process.popen.kill()  # only that: the pipes are closed by whoever waits for them
+            if process.owner == os.getpid():  # in a forked copy of us it is not ours to end
+                process.popen.kill()  # only that: the pipes are closed by whoever waits for them
 
 
 def as_rejected(answer: Message) -> Rejected:
