@@ -117,7 +117,9 @@ class StudentConfig(Config):
     max_frames: int = Field(120, ge=1)  # rows of PE (MA-LMM max_num_frames)
     pe: Literal["learned", "frozen_zero"] = "learned"  # D11
     train_ln_vision: bool = True  # D11
-    evaluation: Literal["parallel", "reference"] = "parallel"  # D38: all steps at once, or one by one; equal results
+    evaluation: Literal["parallel", "reference", "lean"] = "parallel"  # D38: speed only, the results are equal
+    bank_detach: bool = True  # D10: no gradient into the past (MA-LMM)
+    recompute_layers: bool = False  # D42: keep the layers' inputs only and compute each again in the backward pass
     max_text_tokens: int = Field(128, ge=1)  # instruction tokens into the Q-Former (MA-LMM max_txt_len)
 
 

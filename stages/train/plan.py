@@ -54,6 +54,17 @@ class MergePlan:
         """Slots in use at step t, the current frame included."""
         return min(t + 1, self.max_len + 1)
 
+    def rows_at(self, t: int) -> Int[Tensor, "R B N"]:
+        """Row in every slot before frame t is written. Unused slots name rows that do not exist yet, each another."""
+        _, *shape = self.position.shape
+        slots = torch.arange(self.num_slots, device=self.position.device)
+        rows = slots[:, None, None].expand(-1, *shape).contiguous()
+        for j in range(max(0, min(t - self.max_len, self.num_merges))):
+            rows.scatter_(0, self.kept_slot[j][None], self.num_frames + j)
+            if self.max_len + 1 + j < t:
+                rows.scatter_(0, self.freed_slot[j][None], self.max_len + 1 + j)
+        return rows
+
     def starts(self, t: int) -> Int[Tensor, "k B N"]:
         """First frame of every bank entry that step t reads, in order of time; an entry ends where the next starts.
 
