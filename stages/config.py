@@ -144,6 +144,9 @@ class TrainConfig(Config):
     max_steps: int = Field(0, ge=0)  # 0 = epochs decide; else stop after this many optimiser steps
     batch_size: int = Field(64, ge=1)  # §4.2
     micro_batch: int = Field(0, ge=0)  # samples per forward; 0 = batch_size. Gradients are the same either way
+    memory: str = ""  # D43: budget such as 20GB; chooses micro_batch where that is 0
+    group_windows: bool = False  # D41: questions about one window come together and share its frames
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, on CUDA only; plans stay float32
     lr: float = Field(1e-4, gt=0)  # §4.2
     min_lr: float = Field(0.0, ge=0)  # MA-LMM
     warmup_steps: int = Field(1000, ge=0)  # MA-LMM, inside the first epoch (D24)

@@ -25,7 +25,7 @@ Factors = Callable[[int], Float[Tensor, "H A S"]]  # step -> dropout factors of 
 
 @dataclass(frozen=True)
 class Past:
-    """A bank where a differentiated walk sets in: at step ``first``, after frames that nothing is differentiated through.
+    """A bank where a differentiated walk sets in: at step ``first``, after frames without a graph.
 
     Only what is in the bank then can matter later, so the gradient of the projections needs these few entries, not the
     frames that they are means of.
@@ -79,8 +79,7 @@ def bank_after(
     parts = 1 if projection is None else 2
     frames = x if projection is None else F.linear(x, *stacked(projection))
     frames = split_heads(frames, num_heads, parts)
-    for _, buffer in _walk(frames, _Places(plan, num_heads, parts), 0, None, len(x)):
-        pass
+    *_, (_, buffer) = _walk(frames, _Places(plan, num_heads, parts), 0, None, len(x))  # one buffer, run to the end
     return buffer
 
 
@@ -294,7 +293,7 @@ def _add_product(total: Float[Tensor, "H S d"], left: Float[Tensor, "H S A"], ri
 
 
 def split_heads(x: Float[Tensor, "T B N G"], num_heads: int, parts: int = 1) -> Float[Tensor, "T z H N d"]:
-    """[T, B, N, parts · E] to [T, parts, B · heads, N, d]: contiguous, so that every product over heads is one batch."""
+    """[T, B, N, parts · E] to [T, parts, B · heads, N, d], contiguous: every product over heads is one batch."""
     split = x.unflatten(-1, (parts, num_heads, -1)).permute(0, 3, 1, 4, 2, 5)
     return split.contiguous().flatten(2, 3)
 

@@ -97,7 +97,7 @@ class MemoryBank:
         return MemoryBank(self.max_len, values, sizes, slots, free, self.detach)
 
     def followed_by(self, current: Float[Tensor, "B N C"]) -> tuple[Tensor, ...]:
-        """Keys' and values' source at one step: all entries, [B, k · N, C], then the current frame, which has its graph.
+        """Keys' and values' source at one step: all entries, [B, k · N, C], then the current frame with its graph.
 
         In two parts, so that a caller may leave the detached one out of the differentiation.
         """

@@ -98,7 +98,8 @@ def hidden_states(
     layers = list(qformer.layers)
     visual_past = _visual_past(frames)
     for i, layer in enumerate(layers):
-        run = _Layer(layer, frames, visual_past, keep, None if noise is None else noise.at(layer=i), num_queries, detach)
+        here = None if noise is None else noise.at(layer=i)
+        run = _Layer(layer, frames, visual_past, keep, here, num_queries, detach)
         plan = merge_plan(now if past is None else torch.cat([past, now.detach()]), frames.plan.max_len)
         if recompute and torch.is_grad_enabled():
             later_now = checkpoint(run.differentiated, now, past, plan, use_reentrant=False, preserve_rng_state=False)
@@ -162,7 +163,8 @@ class _Layer:
         attended = layer.attention.output(mixed, states, noise, Site.SELF_OUTPUT)
         queries, text = attended[:, :, :num_queries], attended[:, :, num_queries:]
         if layer.crossattention is not None:
-            mixed = self._attend(layer.crossattention, queries, x, self.frames.plan, Site.CROSS_PROBS, noise, visual_bank)
+            plan = self.frames.plan
+            mixed = self._attend(layer.crossattention, queries, x, plan, Site.CROSS_PROBS, noise, visual_bank)
             queries = layer.crossattention.output(mixed, queries, noise, Site.CROSS_OUTPUT)
         return layer.feed_forward(queries, text, noise)
 

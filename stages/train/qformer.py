@@ -40,7 +40,7 @@ class MultiHeadAttention(nn.Module):
         keep: Bool[Tensor, "B S"] | None,
         factors: Float[Tensor, "B H N S"] | None = None,
     ) -> Float[Tensor, "B N E"]:
-        """``sources`` are projected one by one and attended to as one; ``factors`` (dropout) scale the probabilities."""
+        """``sources`` are projected one by one, attended to as one; ``factors`` (dropout) scale the probabilities."""
 
         def heads(x: Tensor) -> Tensor:
             return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # [B, heads, S, E / heads]
@@ -98,9 +98,7 @@ class QFormerLayer(nn.Module):
     evaluations of the student.
     """
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, intermediate_size: int, frame_size: int, cross: bool
-    ) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, frame_size: int, cross: bool) -> None:
         super().__init__()
         self.attention = Attention(hidden_size, num_heads, hidden_size)
         self.crossattention = Attention(hidden_size, num_heads, frame_size) if cross else None
@@ -131,7 +129,9 @@ class QFormerLayer(nn.Module):
     ) -> Float[Tensor, "B N E"]:
         """One frame. Both banks are as after the frame before."""
 
-        def attend(part: Attention, states: Tensor, bank: MemoryBank, current: Tensor, sites: tuple[Site, Site]) -> Tensor:
+        def attend(
+            part: Attention, states: Tensor, bank: MemoryBank, current: Tensor, sites: tuple[Site, Site]
+        ) -> Tensor:
             sources = bank.followed_by(current)
             sources = sources if lean else (torch.cat(sources, 1),)
             tiled = None if keep is None or sites[0] != Site.SELF_PROBS else keep.repeat(1, len(bank) + 1)
@@ -195,9 +195,7 @@ class QFormer(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(vocab_size, hidden_size, max_positions, pad_id)
         layers = nn.ModuleList(
-            QFormerLayer(
-                hidden_size, num_heads, intermediate_size, frame_size, cross=i % cross_attention_every == 0
-            )
+            QFormerLayer(hidden_size, num_heads, intermediate_size, frame_size, cross=i % cross_attention_every == 0)
             for i in range(num_layers)
         )
         self.encoder = nn.ModuleDict({"layer": layers})  # transformers' name: encoder.layer.<i>

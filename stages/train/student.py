@@ -120,13 +120,14 @@ class Student(nn.Module):
         if any(u > self.cfg.num_layers + 1 for u in levels):
             raise ValueError(f"align.levels {levels}: this student has levels 1 to {self.cfg.num_layers + 1}")
         if len(windows) != len(prompts) or sorted(set(windows)) != list(range(len(f))):
-            raise ValueError(f"{len(prompts)} prompts about windows {list(windows)} of {len(f)}: each must be asked about")
+            raise ValueError(f"{len(prompts)} prompts, windows {list(windows)}: each of {len(f)} must be asked about")
         wanted = num_aligned_frames(frames, num_frames)
         text_ids, text_keep = self.tokenize(prompts)
         noise = Noise.draw(len(prompts), self.cfg.dropout) if self.training and self.cfg.dropout else None
         evaluate = self._parallel if self.cfg.evaluation == "parallel" else self._sequential
         hidden = evaluate(f, text_ids, text_keep, windows, num_frames - wanted, noise)
-        return StudentOutput(self.llm_proj(hidden[-1][-1]), {u: hidden[u - 1][-wanted:].transpose(0, 1) for u in levels})
+        states = {u: hidden[u - 1][-wanted:].transpose(0, 1) for u in levels}
+        return StudentOutput(self.llm_proj(hidden[-1][-1]), states)
 
     def _parallel(
         self,

@@ -18,7 +18,9 @@ LEVELS = (1, 3, 5)
 REACH = 1e-12
 
 
-def run(student: Student, evaluation: str, f: torch.Tensor, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+def run(
+    student: Student, evaluation: str, f: torch.Tensor, prompts: list[str], **options: Any
+) -> dict[str, torch.Tensor]:
     """Outputs and gradients of one evaluation, by name."""
     student.cfg = student.cfg.model_copy(update={"evaluation": evaluation})
     student.zero_grad()
@@ -91,7 +93,7 @@ def test_questions_together_give_the_sum_of_separate_runs(
 def test_gradient_through_the_banks_is_the_slope_of_the_loss(
     make_student: Callable[..., Student], features: Callable[..., torch.Tensor]
 ) -> None:
-    """bank_detach=false against central differences: PE of the first frame reaches the last prefix through banks only."""
+    """Against central differences: PE of the first frame reaches the last prefix through banks only."""
     for detach in (False, True):
         student, f = make_student(bank_detach=detach), features(1, 6)
         rows = student.image_pe.weight
@@ -123,7 +125,9 @@ def test_the_plan_tells_the_entries_of_every_bank(features: Callable[..., torch.
             starts = plan.starts(t).transpose(0, 1)  # [B, k, N]
             ends = torch.cat([starts[:, 1:], torch.full_like(starts[:, :1], t)], 1)
             assert torch.equal((ends - starts).double(), bank.sizes)
-            assert torch.equal(bank.slots_followed_by(f[:, t]).flatten(1).sort(1).values[:, -1], torch.tensor([min(t, 3)] * 2))
+            assert torch.equal(
+                bank.slots_followed_by(f[:, t]).flatten(1).sort(1).values[:, -1], torch.tensor([min(t, 3)] * 2)
+            )
         bank = bank.append(f[:, t])
 
 

@@ -82,7 +82,9 @@ def test_text_padding_changes_no_query_even_with_banks() -> None:
 def test_a_query_bank_holds_the_input_of_its_layer_with_the_text() -> None:
     model = ours(theirs())
     queries, frame, ids = torch.randn(2, 5, 24), torch.randn(2, 7, 20), torch.randint(1, 50, (2, 6))
-    hidden, banks = model.step(queries, ids, torch.ones(2, 6, dtype=torch.bool), frame, MemoryBank.empty(3), model.empty_banks(3))
+    hidden, banks = model.step(
+        queries, ids, torch.ones(2, 6, dtype=torch.bool), frame, MemoryBank.empty(3), model.empty_banks(3)
+    )
     assert len(banks) == 4
     for layer, bank in enumerate(banks):
         assert bank.values is not None

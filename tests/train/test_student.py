@@ -46,7 +46,9 @@ def naive(student: Student, f: torch.Tensor, prompts: list[str]) -> list[list[to
             counts.append(count)
         return list(torch.stack(columns, 1)), [list(row) for row in zip(*counts, strict=True)]
 
-    def attend(part: Attention, states: torch.Tensor, source: list[torch.Tensor], keys: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        part: Attention, states: torch.Tensor, source: list[torch.Tensor], keys: torch.Tensor | None
+    ) -> torch.Tensor:
         mixed = part.attention(states[None], (torch.cat(source)[None],), keys)
         return part.output(mixed, states[None], None, Site.SELF_OUTPUT)[0]
 
