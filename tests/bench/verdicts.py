@@ -72,8 +72,10 @@ class Remembered(CachedSamples):
 
     def __init__(self, samples: Any, tokens: Any, pooled: Any = None) -> None:
         super().__init__(samples, tokens, pooled)
-        whole = super().batch(range(len(samples)))
-        self._f, self._y = whole.f, whole.y_star
+        parts = [super(Remembered, self).batch([i]) for i in range(len(samples))]
+        self._f = torch.cat([part.f for part in parts])
+        targets = [part.y_star for part in parts if part.y_star is not None]
+        self._y = torch.cat(targets) if targets else None
 
     def batch(self, positions: Sequence[int], draws: Sequence[int] | None = None) -> Batch:
         assert draws is None or all(len(self.samples[i].draws) == 1 for i in positions), "windows have one choice"
