@@ -17,12 +17,13 @@ from stages.extract.clip import build as build_clip
 from stages.extract.dit import build as build_dit
 from stages.miniature import FOLDER, configs
 from stages.miniature.pictures import FIRST_HIDDEN_SEED, pictures
+from stages.miniature.sayings import statements
 from stages.miniature.train_clip import FACTS, WORDS, facts, sentence, token_ids, train_clip
 from stages.miniature.train_frozen import RECIPE, WEIGHTS, digest
 from stages.miniature.train_llm import QUESTION_FACTS, accuracy_from_descriptions, asked, train_llm
 from stages.miniature.train_qformer import coarse_questions
 from stages.miniature.train_teacher import latents_of, train_dit, train_vae
-from stages.miniature.world import FINE_TASKS, labels, render, specs, statements
+from stages.miniature.videos import FINE_TASKS, labels, render, specs
 from stages.train.student import build as build_student
 
 CONFIG = PipelineConfig(
