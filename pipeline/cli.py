@@ -298,7 +298,7 @@ def tour(
         _show("tour", result, False, as_json)
 
 
-@app.command(epilog="Example:  pipeline compare runs/lambda-0 runs/lambda-1 runs/miniature-baselines/clip_mean")
+@app.command(epilog="Example:  pipeline compare runs/lambda-0 runs/lambda-1")
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of baselines.")],
     split: SplitOption = "test",

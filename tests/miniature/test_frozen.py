@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from stages.extract.dit import build as build_dit
 from stages.miniature import FOLDER, configs
 from stages.miniature.pictures import FIRST_HIDDEN_SEED, pictures
 from stages.miniature.sayings import statements
-from stages.miniature.train_clip import FACTS, WORDS, facts, sentence, token_ids, train_clip
+from stages.miniature.train_clip import FACTS, WORDS, _said, facts, sentence, token_ids, train_clip
 from stages.miniature.train_frozen import RECIPE, WEIGHTS, digest
 from stages.miniature.train_llm import QUESTION_FACTS, accuracy_from_descriptions, asked, train_llm
 from stages.miniature.train_qformer import coarse_questions
@@ -114,17 +115,16 @@ def test_the_worlds_of_the_frozen_models_are_no_users() -> None:
 
 
 def test_captions_are_words_of_the_text_tower() -> None:
-    for spec in specs(50, 1):
-        said = sentence(facts(spec))
-        assert set(facts(spec)) <= set(FACTS)
+    draw = random.Random(0)
+    for spec in specs(200, 1):
+        said = sentence(_said(spec, draw))
+        assert set(_said(spec, draw)) <= set(facts(spec)) <= set(FACTS)
         ids = token_ids(said, 24)
         assert (len(ids), ids[0], max(ids)) == (24, 1, 63)
         assert set(said.split()) <= set(WORDS)
 
 
 def test_every_question_rests_on_a_statement() -> None:
-    import random
-
     draw = random.Random(0)
     kinds = set()
     for spec in specs(60, 0):
