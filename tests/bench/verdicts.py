@@ -12,6 +12,7 @@ that no comparison uses (``--tune``, 100 and up).
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ class Arm:
     """Settings over the preset, and what is done to the targets."""
 
     sets: tuple[str, ...]
-    control: str = ""  # shuffled: targets of another video; constant: their mean
+    control: str = ""  # shuffled: targets of another video; constant: their mean; order: frames in random order
     unlabelled: bool = False  # the alignment sees every training video, L_ce the labelled ones
     before: int = 0  # steps of alignment alone, before as many of L_ce alone as ever
 
@@ -58,6 +59,8 @@ ARMS = {
     "grid4-center": Arm(("teacher.grid=4", "align.target_norm=center")),
     "shuffled": Arm((), control="shuffled"),
     "constant": Arm((), control="constant"),
+    "order": Arm(("train.lambda_kd=0",), control="order"),
+    "no-banks": Arm(("train.lambda_kd=0", "student.name=no_memory")),
     "unlabelled": Arm((), unlabelled=True),
     "unlabelled-center": Arm(("align.target_norm=center",), unlabelled=True),
     "unlabelled-grid4-center": Arm(("teacher.grid=4", "align.target_norm=center"), unlabelled=True),
@@ -83,6 +86,14 @@ class Remembered(CachedSamples):
         rows = list(positions)
         chosen = tuple(self.samples[i] for i in rows)
         return Batch(chosen, self._f[rows], None if self._y is None else self._y[rows])
+
+    def in_random_order(self, seed: int) -> Remembered:
+        """The same samples with the frames of each in an order of its own."""
+        other = copy.copy(self)
+        rng = np.random.default_rng(seed)
+        orders = torch.from_numpy(np.stack([rng.permutation(self._f.shape[1]) for _ in range(len(self))]))
+        other._f = torch.stack([f[order] for f, order in zip(self._f, orders, strict=True)])
+        return other
 
     def changed(self, control: str, mean: Tensor | None) -> None:
         """Replace the targets by those of another video, or by their mean."""
@@ -127,7 +138,10 @@ class Lab:
             everything.tokens,
             everything.pooled if aligned else None,
         )
-        if arm.control:
+        if arm.control == "order":
+            train = train.in_random_order(seed)
+            splits = {name: part.in_random_order(seed + 1) for name, part in splits.items()}
+        elif arm.control:
             train.changed(arm.control, everything.target_moments()[0])
         started = time.process_time()
         trainer = build_trainer(config, train, "cpu")
