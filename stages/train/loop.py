@@ -1,8 +1,8 @@
 """Training against the cache: L = L_ce + lambda_kd · L_kd (Eq. 9).
 
-Every random choice is a pure function of (seed, epoch) or (seed, step): the order of the samples, the frame draws, and
-the dropout masks. So the state of a run is its weights, the optimiser's moments and one integer, and a run that was
-stopped after any step continues bit for bit (on CPU).
+Every random choice is a pure function of (seed, epoch) or (seed, step, micro-batch): the order of the samples, the
+frame draws, and the dropout masks. So the state of a run is its weights, the optimiser's moments and one integer, a run
+that was stopped after any step continues bit for bit (on CPU), and runs may take turns on one batch (``grid.py``).
 """
 
 from __future__ import annotations
@@ -78,6 +78,14 @@ def batch_positions(cfg: TrainConfig, schedule: Schedule, num_samples: int, step
     return chosen.tolist(), draws[chosen].tolist()
 
 
+def micro_batches(positions: list[int], draws: list[int], size: int) -> list[tuple[list[int], list[int]]]:
+    """The batch of a step as it is cut into forward passes of ``size`` samples (0: one pass)."""
+    cuts = [
+        slice(first, first + (size or len(positions))) for first in range(0, len(positions), size or len(positions))
+    ]
+    return [(positions[cut], draws[cut]) for cut in cuts]
+
+
 def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """Decay for matrices; none for biases and vectors (MA-LMM: ``ndim < 2`` or a bias)."""
     decay: list[nn.Parameter] = []
@@ -119,12 +127,25 @@ class Trainer:
             if parameter.requires_grad
         }
 
-    def accumulate(self, batch: Batch, *, answer_tokens: int, num_samples: int) -> dict[str, float]:
-        """Add the gradients of one micro-batch of a step over ``num_samples`` samples with ``answer_tokens`` in all.
+    def begin(self, lr: float) -> None:
+        """Start an optimiser step: no gradients, this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def accumulate(
+        self, batch: Batch, *, step: int, part: int, answer_tokens: int, num_samples: int
+    ) -> dict[str, float]:
+        """Add the gradients of micro-batch ``part`` of a step over ``num_samples`` samples, ``answer_tokens`` in all.
 
         L_ce is a mean over answer tokens (Eq. 8, D21), L_kd over samples and frames (D8), both of the whole batch: so
-        the gradients do not depend on how it is cut.
+        the gradients do not depend on how it is cut. Dropout masks depend on (seed, step, part) alone.
         """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, step, part]).generate_state(1, np.uint64)[0]))
+            return self._accumulate(batch, answer_tokens, num_samples)
+
+    def _accumulate(self, batch: Batch, answer_tokens: int, num_samples: int) -> dict[str, float]:
         aligned = self.alignment is not None
         out = self.student(
             batch.f,
@@ -156,23 +177,22 @@ class Trainer:
     def step(self, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, float]:
         """One optimiser step; returns what is logged: losses, gradient norm, learning rate."""
         positions, draws = batch_positions(self.cfg, schedule, len(data), step)
-        lr = schedule.lr(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        size = self.cfg.micro_batch or len(positions)
         answer_tokens = self.decoder.count_answer_tokens([data.samples[i].answer for i in positions])
         totals: dict[str, float] = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.cfg.seed * 1_000_003 + step)  # dropout masks: a function of (seed, step)
-            for first in range(0, len(positions), size):
-                batch = data.batch(positions[first : first + size], draws[first : first + size])
-                parts = self.accumulate(batch, answer_tokens=answer_tokens, num_samples=len(positions))
-                for key, value in parts.items():
-                    totals[key] = totals.get(key, 0.0) + value
-        totals["grad_norm"] = gradient_norm(list(self.trainable().values()))
+        self.begin(schedule.lr(step))
+        for part, cut in enumerate(micro_batches(positions, draws, self.cfg.micro_batch)):
+            batch = data.batch(*cut)
+            found = self.accumulate(
+                batch, step=step, part=part, answer_tokens=answer_tokens, num_samples=len(positions)
+            )
+            add(totals, found)
+        return totals | self.finish()
+
+    def finish(self) -> dict[str, float]:
+        """Let the optimiser use what was accumulated. Returns gradient norm and learning rate."""
+        norm = gradient_norm(list(self.trainable().values()))
         self.optimizer.step()
-        return totals | {"lr": lr}
+        return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights and optimiser moments as flat named tensors; on the CPU they are the live ones, so write them now."""
@@ -203,6 +223,12 @@ def module_weights(room: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """The state dict of one module ("student", "alignment") inside the tensors of a checkpoint."""
     prefix = f"{room}."
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def add(totals: dict[str, float], parts: Mapping[str, float]) -> None:
+    """Add the logged parts of a micro-batch to those of its step, in place."""
+    for key, value in parts.items():
+        totals[key] = totals.get(key, 0.0) + value
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
