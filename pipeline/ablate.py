@@ -111,6 +111,7 @@ class Sources:
         """The training samples in the order of a run alone; with ``wanted``, whether or not the cache has them."""
         key = f"{wanted}{config.train.lambda_kd > 0}{_text(config, 'data', 'clip', 'teacher', 'train')}"
         if key not in self._samples:
+            compose.refuse_leaks(config, self.dataset(config).leaks)
             found = compose.samples_of(self.dataset(config), "train")
             if not wanted:
                 stores = self.stores(config)

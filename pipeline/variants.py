@@ -101,9 +101,10 @@ def make_variants(
             raise ConfigError(f"{twin.name} and {variant.name} are the same run; vary each value once")
     notes = []
     if left_out:
+        names = [variant.name for variant in left_out]
         notes.append(
-            f"{len(left_out)} variants with train.lambda_kd=0 differ in align.* or teacher.* only, and these then do nothing; "
-            f"left out: {', '.join(variant.name for variant in left_out[:3])}{', …' if len(left_out) > 3 else ''}"
+            f"left out: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: "
+            "with train.lambda_kd=0 they differ in align.* or teacher.* only, and these then do nothing"
         )
     return found, notes
 
