@@ -92,13 +92,11 @@ run_job() {
         say "videos"
         pipeline synth
     fi
-    say "1/4 frozen image features"
-    pipeline extract-clip "${options[@]}" || failures_only
-    say "2/4 diffusion teacher features"
-    pipeline extract-teacher "${options[@]}" || failures_only
-    say "3/4 student"
+    say "1/3 frozen features: image tokens and diffusion targets"
+    pipeline extract "${options[@]}" || failures_only
+    say "2/3 student"
     pipeline train-student "${options[@]}" --out "$OUT"
-    say "4/4 evaluation"
+    say "3/3 evaluation"
     pipeline evaluate --run "$OUT"
 }
 

@@ -33,7 +33,7 @@ from stages import weights
 from stages.config import PipelineConfig
 from stages.data.samples import Batch, CachedSamples, few
 from stages.decode.evaluate import read_predictions
-from stages.decode.metrics import Match, Prediction, is_correct
+from stages.decode.metrics import hits
 from stages.decode.statistics import share_interval
 from stages.train import grid
 from stages.train.alignment import Alignment
@@ -312,9 +312,9 @@ def _over_seeds(rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> dict[str, 
     ]
     common = [key for key in answers[0] if all(key in other for other in answers)]
     rule: Any = ledger.rule
-    hits = np.array([[_hit(found[key], rule) for key in common] for found in answers], dtype=float)
+    right = np.array([hits([found[key] for key in common], rule) for found in answers], dtype=float)
     per_seed = [row["accuracy"] for row in rows]
-    interval = share_interval(hits.mean(axis=0), [answers[0][key].video_id for key in common])
+    interval = share_interval(right.mean(axis=0), [answers[0][key].video_id for key in common])
     return {
         "seeds": [row["seed"] for row in rows],
         "k": sum(row["k"] for row in rows),
@@ -325,10 +325,6 @@ def _over_seeds(rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> dict[str, 
         "per_seed": per_seed,
         "seed_sd": float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None,
     }
-
-
-def _hit(prediction: Prediction, rule: Match) -> bool:
-    return bool(prediction.beams) and is_correct(prediction.beams[0], prediction.answer, rule)
 
 
 class Kept:

@@ -27,7 +27,7 @@ app = typer.Typer(
         "Every command resumes, and says so. Exit codes: 0 done, 2 usage or config, 3 finished with failures, 4 cache "
         "missing or stale, 5 environment, 75 interrupted (the same command resumes), 130 Ctrl-C."
     ),
-    epilog="Example:  pipeline extract-clip --preset miniature",
+    epilog="Example:  pipeline extract --preset miniature",
     rich_markup_mode=None,  # plain text: quicker, and the same on every terminal
     add_completion=False,
     no_args_is_help=True,
@@ -94,6 +94,28 @@ def _main(
     ] = False,
 ) -> None:
     assert not version
+
+
+@app.command(
+    epilog="Example:  pipeline extract --preset lvu-relationship --workers 2",
+)
+def extract(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    out: ReportOption = None,
+    split: SplitsOption = None,
+    workers: WorkersOption = 0,
+    retry_failed: RetryOption = False,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Put the features of both frozen networks into the cache; every frame is decoded once."""
+    with guard(debug=debug, as_json=as_json):
+        config = _config(preset, sets)
+        _extract("both", config, cache, out, split or [], workers, retry_failed, device, dry_run, as_json)
 
 
 @app.command(
@@ -433,7 +455,7 @@ def _device(name: str, dry_run: bool) -> str:
 
 
 def _extract(
-    which: Literal["clip", "teacher"],
+    which: Literal["clip", "teacher", "both"],
     config: PipelineConfig,
     cache: Path | None,
     out: Path | None,
@@ -444,7 +466,7 @@ def _extract(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    command = f"extract-{which}"
+    command = "extract" if which == "both" else f"extract-{which}"
     cache = _cache(cache, config)
     compose = _compose(dry_run)
     from pipeline.progress import Progress
@@ -483,7 +505,7 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
         results.show_ablation_plan(result)
     elif dry_run:
         results.show_estimate(command, result)
-    elif command.startswith("extract-"):
+    elif command.startswith("extract"):
         results.show_extraction(result)
     else:
         {

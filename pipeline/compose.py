@@ -29,7 +29,7 @@ from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
 from stages.data.manifest import coverage, estimate
 from stages.data.samples import Availability, Batch, CachedSamples, available, few
-from stages.decode.evaluate import ClosedSets, resume
+from stages.decode.evaluate import ClosedSets, by_window, resume
 from stages.decode.evaluate import evaluate as answer
 from stages.decode.metrics import is_correct
 from stages.extract.run import Job
@@ -43,6 +43,7 @@ from stages.types import Decoder, Sample
 Which = Literal["clip", "teacher"]
 SamplesFrom = Callable[[Sequence[Sample], FeatureStore], CachedSamples]  # how an evaluation reads
 MAX_LABELS = 256  # a label set; open questions have thousands of answers
+BOTH: tuple[Which, ...] = ("clip", "teacher")
 
 
 # ---------------------------------------------------------------- stage 1
@@ -51,7 +52,7 @@ MAX_LABELS = 256  # a label set; open questions have thousands of answers
 def extract(
     config: PipelineConfig,
     *,
-    which: Which,
+    which: Which | Literal["both"],
     cache: Path,
     workers: int,
     retry_failed: bool,
@@ -60,15 +61,22 @@ def extract(
     dry_run: bool,
     progress: OnProgress,
 ) -> dict[str, Any]:
-    """Features of one encoder for every video that the dataset wants."""
+    """Features of one encoder, or of both from one pass, for every video that the dataset wants."""
+    encoders = BOTH if which == "both" else (which,)
+    command = "extract" if which == "both" else f"extract-{which}"
     dataset = load_dataset(config)
     wanted = dataset.wanted(list(splits) or None)
     if dry_run:
-        sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in shapes(config, which)}
+        sizes = {
+            name: int(np.prod(shape)) * np.dtype(dtype).itemsize
+            for encoder in encoders
+            for name, (shape, dtype) in shapes(config, encoder)
+        }
         return estimate(wanted, sizes).to_json()
     if not wanted:
         raise ConfigError(f"data.videos={config.data.videos!r} and data.annotations name no video")
-    job = Job(config, _builder(config, which), cache, device, help_command=_command(f"extract-{which}", config, cache))
+    builders = tuple(_builder(config, encoder) for encoder in encoders)
+    job = Job(config, builders, cache, device, help_command=_command(command, config, cache))
     report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
     failed, missing = report.failures, set(report.missing)
     per_split = {name: dataset.wanted([name]) for name in (list(splits) or dataset.splits)} or {"all": wanted}
@@ -109,7 +117,7 @@ def shapes(config: PipelineConfig, which: Which) -> Iterator[tuple[str, tuple[tu
 def _command(command: str, config: PipelineConfig, cache: Path) -> str:
     """What the user would type: the preset, and every setting that differs from it and matters to an extraction."""
     base, ours = flatten(presets.get(config.preset)), flatten(config)
-    rooms = ("data.", "clip.") if command == "extract-clip" else ("data.", "teacher.")
+    rooms = ("data.", *(f"{which}." for which in BOTH if command in ("extract", f"extract-{which}")))
     sets = [f"{key}={_typed(ours[key])}" for key in ours if ours[key] != base[key] and key.startswith(rooms)]
     parts = ["pipeline", command, "--preset", config.preset, "--cache", str(cache)]
     return shlex.join(parts + [part for item in sets for part in ("--set", item)])
@@ -385,7 +393,7 @@ def evaluate(
     write = scoring.predictions_file(run.path, split)
     made_by = _digest(loaded.path, config)
     answered = resume(write, made_by)
-    todo = [i for i, sample in enumerate(data.samples) if sample.sample_id not in answered]
+    todo = by_window(data.samples, (i for i, s in enumerate(data.samples) if s.sample_id not in answered))
     progress(len(answered), len(data), split)
     answer(
         lambda batch: student(batch.f, batch.prompts).prefix,

@@ -130,8 +130,13 @@ class CachedSamples:
 
 
 def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[np.ndarray, " T"]]) -> Tensor:
-    """One array [B, T, …] filled in place, so that the features are copied once."""
+    """One array [B, T, …] filled in place; of samples with the same frames the first is read and the others copied."""
     out = np.empty((len(samples), len(frames[0]), *store.spec.frame_shape), dtype=store.spec.dtype)
-    for row, sample, index in zip(out, samples, frames, strict=True):
-        store.read(sample.video_id, index, out=row)
+    first: dict[tuple[str, bytes], int] = {}
+    for row, (sample, index) in enumerate(zip(samples, frames, strict=True)):
+        same = first.setdefault((sample.video_id, index.tobytes()), row)
+        if same == row:
+            store.read(sample.video_id, index, out=out[row])
+        else:
+            out[row] = out[same]
     return torch.from_numpy(out)

@@ -21,7 +21,7 @@ from typing import Any
 from stages.miniature import FOLDER
 from stages.miniature.assets import clip_config, files
 
-STEPS = {"llm": 2000, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1000}
+STEPS = {"llm": 2400, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1000}
 RECIPE = FOLDER / "recipe.json"
 SOURCES = {  # modules that decide a model's weights
     "llm": ("train_llm", "world"),
