@@ -66,19 +66,23 @@ def ablate(
     passes = _passes(variants, sources, wanted=dry_run)
     if dry_run:
         return _estimate(variants, passes, sources)
+    complete = [variant for variant in variants if variant.needs is None]
+    for variant in complete:
+        if (out / variant.name / "config.json").exists():
+            RunFolder.create(out / variant.name, variant.config)  # refuses other settings before anything is changed
+    # The table comes before the first run folder: it marks ``out`` as ours, whenever this is killed.
     ledger = Ledger.create(out, variants, rule=sources.dataset(variants[0].config).answer_rule)
+    for variant in complete:
+        RunFolder.create(out / variant.name, variant.config)
     todo = [[v for v in members if not ledger.is_settled(v.name)] for members in passes]
-    for variant in variants:
-        if variant.needs is None:
-            RunFolder.create(out / variant.name, variant.config)  # refuses other settings before anything is trained
-    bench = Bench(sources, ledger, device, memory, progress)
+    runner = Runner(sources, ledger, device, memory, progress)
     started = time.monotonic()
     for members in todo:
-        bench.run([variant for variant in members if variant.needs is None])
+        runner.run([variant for variant in members if variant.needs is None])
     for members in todo:  # a matched arm is complete only when the adaptive arm of its seed has been scored
         matched = [_matched(variant, ledger) for variant in members if variant.needs is not None]
-        bench.run([variant for variant in matched if variant is not None])
-    cost = {"rounds": bench.rounds, "llm_loads": bench.llm_loads, "seconds": time.monotonic() - started}
+        runner.run([variant for variant in matched if variant is not None])
+    cost = {"rounds": runner.rounds, "llm_loads": runner.llm_loads, "seconds": time.monotonic() - started}
     done_before = len(variants) - sum(map(len, todo))
     return ledger.result() | {"out": str(out), "done_before": done_before, **cost}
 
@@ -158,7 +162,7 @@ def _matched(variant: Variant, ledger: Ledger) -> Variant | None:
 
 
 @dataclass
-class Bench:
+class Runner:
     """Trains and scores the variants of one pass after the other, with one language model."""
 
     sources: Sources

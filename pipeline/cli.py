@@ -267,12 +267,12 @@ def baselines(
         _show("baselines", result, dry_run, as_json)
 
 
-@app.command(epilog="Example:  pipeline ablate --vary train.lambda_kd=0,1,10 --vary align.levels=13,8-13 --seeds 0-4")
+@app.command(epilog="Example:  pipeline ablate --study levels --seeds 0-4")
 def ablate(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     vary: Annotated[
-        list[str] | None, typer.Option("--vary", metavar="KEY=V,V,…", help="A setting and its values; repeatable.")
+        list[str] | None, typer.Option("--vary", metavar="KEY=V,V,…", help="A setting and its values, such as train.lambda_kd=0,1,10; repeatable.")
     ] = None,
     zipped: Annotated[bool, typer.Option("--zip", help="Pair the values one by one instead of all with all.")] = False,
     study: Annotated[
