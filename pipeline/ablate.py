@@ -289,7 +289,8 @@ class Runner:
         """The scores of a variant, and of its arm over the seeds that are there."""
         ledger = self.ledger
         numbers = {"k": found["correct"], "n": found["n"], "accuracy": found["top1"], "interval": found["interval"]}
-        ledger.rows[variant.name] |= {"status": "done", **numbers, "by_video": found.get("by_video")}
+        row = ledger.rows[variant.name]
+        row |= {"status": "done", "step": row["steps"], **numbers, "by_video": found["by_video"]}
         rows = [row for row in ledger.rows.values() if row["arm"] == variant.arm and row["status"] == "done"]
         ledger.arms[variant.arm] = _over_seeds(rows, ledger)
         ledger.write()
