@@ -429,7 +429,7 @@ def _planned_state(config: PipelineConfig) -> int:
 def _size_key(config: PipelineConfig) -> str:
     """Equal for students whose states and graphs are of one size."""
     align = config.align.model_dump(mode="json") if config.train.lambda_kd > 0 else None
-    return json.dumps([config.student.model_dump(mode="json"), align, config.train.micro_batch])
+    return json.dumps([config.student.model_dump(mode="json"), align, config.train.micro_batch, config.train.memory])
 
 
 def _text(config: PipelineConfig, *sections: str) -> str:

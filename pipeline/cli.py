@@ -46,6 +46,10 @@ SetOption = Annotated[
 CacheOption = Annotated[
     Path | None, typer.Option("--cache", metavar="PATH", help="The feature store. [default: cache/…, by preset]")
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Memory to stay within, such as 20GB; chooses the micro-batch."),
+]
 RunOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")]
 EvaluatedRunOption = Annotated[
     Path | None, typer.Option("--run", "--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")
@@ -173,6 +177,7 @@ def train_student(
     sets: SetOption = None,
     cache: CacheOption = None,
     out: RunOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -180,7 +185,8 @@ def train_student(
 ) -> None:
     """Train the memory-bank student against the cache."""
     with guard(debug=debug, as_json=as_json):
-        config = _config(preset, sets)
+        budget = [] if memory is None else [f"train.memory={memory}", "train.micro_batch=0"]
+        config = _config(preset, [*(sets or []), *budget])
         cache = _cache(cache, config)
         compose = _compose(dry_run)
         from pipeline.progress import Progress

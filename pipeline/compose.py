@@ -323,7 +323,8 @@ def validation(
         correct = 0
         for batch in _batches(data, range(len(data)), config.decode.batch_size):
             with torch.inference_mode():
-                beams = trainer.decoder.generate(trainer.student(batch.f, batch.prompts).prefix, batch.prompts)
+                prefix = trainer.student(batch.f, batch.prompts, windows=batch.windows).prefix
+                beams = trainer.decoder.generate(prefix, batch.prompts)
             rule = dataset.answer_rule
             correct += sum(is_correct(b[0], s.answer, rule) for b, s in zip(beams, batch.samples, strict=True) if b)
         return correct / len(data)
@@ -396,7 +397,7 @@ def evaluate(
     todo = by_window(data.samples, (i for i, s in enumerate(data.samples) if s.sample_id not in answered))
     progress(len(answered), len(data), split)
     answer(
-        lambda batch: student(batch.f, batch.prompts).prefix,
+        lambda batch: student(batch.f, batch.prompts, windows=batch.windows).prefix,
         decoder,
         _batches(data, todo, config.decode.batch_size),
         write=write,

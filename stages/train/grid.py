@@ -25,13 +25,11 @@ from stages.train.loop import (
     Trainer,
     TrainingDiverged,
     add,
-    batch_positions,
     make_schedule,
-    micro_batches,
 )
 
 # What decides which samples a step reads. Everything else may differ between the students of a pass.
-SHARED = ("seed", "batch_size", "micro_batch", "drop_last")
+SHARED = ("seed", "batch_size", "drop_last", "group_windows")
 
 
 @dataclass
@@ -117,19 +115,32 @@ def _step(
     schedules: dict[str, Schedule],
     leave: Callable[[Entrant, Dropped], None],
 ) -> None:
-    """One optimiser step of every active student. A batch that came apart for one is whole for the next."""
-    first = active[0]
-    positions, draws = batch_positions(first.trainer.cfg, schedules[first.name], len(data), step)
-    answers = [data.samples[i].answer for i in positions]
-    answer_tokens = first.trainer.decoder.count_answer_tokens(answers)
+    """One optimiser step of every active student."""
+    shared: dict[str, list[Entrant]] = {}
     for entrant in active:
         entrant.logged = {}
         entrant.trainer.begin(schedules[entrant.name].lr(step))
-    cuts = micro_batches(positions, draws, first.trainer.cfg.micro_batch)
-    here = list(active)
+        cuts = entrant.trainer.cuts(data, step, schedules[entrant.name])
+        # Under train.memory a smaller student takes larger micro-batches; those of one size share what is read.
+        shared.setdefault(repr([len(positions) for positions, _ in cuts]), []).append(entrant)
+    for members in shared.values():
+        _turns(members, data, step, members[0].trainer.cuts(data, step, schedules[members[0].name]), leave)
+
+
+def _turns(
+    members: list[Entrant],
+    data: CachedSamples,
+    step: int,
+    cuts: Sequence[tuple[list[int], list[int]]],
+    leave: Callable[[Entrant, Dropped], None],
+) -> None:
+    """One optimiser step of students that take micro-batches of one size."""
+    first = members[0].trainer
+    answers = [data.samples[i].answer for positions, _ in cuts for i in positions]
+    answer_tokens = first.decoder.count_answer_tokens(answers)
     for part, cut in enumerate(cuts):
-        batch = _on_device(data.batch(*cut), first.trainer.student.query_tokens.device)
-        for entrant in list(here):
+        batch = _on_device(data.batch(*cut), first.student.query_tokens.device)
+        for entrant in list(members):
             failed = _take_turn(
                 entrant,
                 batch,
@@ -137,10 +148,10 @@ def _step(
                 step=step,
                 part=part,
                 answer_tokens=answer_tokens,
-                num_samples=len(positions),
+                num_samples=len(answers),
             )
             if failed is not None:
-                here.remove(entrant)
+                members.remove(entrant)
                 leave(entrant, failed)
                 _give_back(entrant.trainer)
 
@@ -221,8 +232,8 @@ def step_bytes(trainer: Trainer, data: CachedSamples) -> int:
     The students of a pass take turns, so however many they are, this counts once. Nothing of the trainer is changed.
     """
     schedule = make_schedule(trainer.cfg, len(data))
-    positions, draws = batch_positions(trainer.cfg, schedule, len(data), 0)
-    batch = data.batch(*micro_batches(positions, draws, trainer.cfg.micro_batch)[0])
+    cuts = trainer.cuts(data, 0, schedule)
+    batch = data.batch(*cuts[0])
     frozen = getattr(trainer.decoder, "model", None)
     modules = [*trainer.modules.values(), *([frozen] if isinstance(frozen, nn.Module) else [])]
     weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
@@ -236,7 +247,9 @@ def step_bytes(trainer: Trainer, data: CachedSamples) -> int:
 
     trainer.student.train()
     with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
-        trainer.accumulate(batch, step=0, part=0, answer_tokens=1, num_samples=len(positions))
+        trainer.accumulate(
+            batch, step=0, part=0, answer_tokens=1, num_samples=sum(len(positions) for positions, _ in cuts)
+        )
     gradients = sum(p.grad.nbytes for p in trainer.trainable().values() if p.grad is not None)
     trainer.optimizer.zero_grad(set_to_none=True)
     features = batch.f.nbytes + (0 if batch.y_star is None else batch.y_star.nbytes)

@@ -29,6 +29,7 @@ GRID: dict[str, dict[str, Any]] = {
     "lambda 10": {"lambda_kd": 10.0},
     "all levels": {"align": {"levels": "1-5"}},
     "one level, last frame": {"align": {"levels": 5, "frames": "last"}},
+    "other micro-batches": {"micro_batch": 1},
     "uniform": {"align": {"weights": "uniform", "uniform_weight": 0.5, **ALIGN}},
     "smaller, quicker, shorter": {"num_layers": 2, "align": {"levels": (2,)}, "lr": 1e-2, "max_steps": 3},
 }
@@ -202,7 +203,7 @@ def test_an_error_that_is_no_students_own_stops_the_pass(make_trainer: MakeTrain
         together({"0": make_trainer(), "wrong": wrong}, cached)
 
 
-@pytest.mark.parametrize("other", [{"seed": 2}, {"batch_size": 4}, {"micro_batch": 1}, {"drop_last": True}])
+@pytest.mark.parametrize("other", [{"seed": 2}, {"batch_size": 4}, {"group_windows": True}, {"drop_last": True}])
 def test_students_that_would_read_other_batches_are_refused(
     make_trainer: MakeTrainer, cached: CachedSamples, other: dict[str, Any]
 ) -> None:
