@@ -273,6 +273,75 @@ def baselines(
         _show("baselines", result, dry_run, as_json)
 
 
+@app.command(epilog="Example:  pipeline ablate --study levels --seeds 0-4")
+def ablate(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    vary: Annotated[
+        list[str] | None, typer.Option("--vary", metavar="KEY=V,V,…", help="A setting and its values, such as train.lambda_kd=0,1,10; repeatable.")
+    ] = None,
+    zipped: Annotated[bool, typer.Option("--zip", help="Pair the values one by one instead of all with all.")] = False,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            "--study", metavar="NAME", help="The paper's: lambda (Fig. 3), levels (Fig. 4), weights (Table 4)."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="0-4", help="Train every arm with each. [default: train.seed]")
+    ] = None,
+    cache: CacheOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="One run folder a variant. [default: runs/PRESET-STUDY]")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="For students and features. [default: what is free]")
+    ] = None,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train and score many variants on one pass over the cache; each is an ordinary run folder."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline.variants import make_variants, parse_memory
+
+        config = _config(preset, sets)
+        variants, notes = make_variants(config, vary=vary or (), zipped=zipped, study=study, seeds=seeds)
+        room = parse_memory(memory) if memory else None
+        cache = _cache(cache, config)
+        _compose(dry_run)
+        from pipeline.ablate import ablate as run_ablation
+        from pipeline.progress import Progress
+
+        with Progress() as progress:
+            result = run_ablation(
+                variants,
+                cache=cache,
+                out=out or Path("runs") / f"{config.preset}-{study or 'ablation'}",
+                device=_device(device, dry_run),
+                memory=room,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        _show("ablate", result | {"warnings": notes}, dry_run, as_json)
+        if not dry_run and result["dropped"]:
+            raise typer.Exit(FAILURES)
+
+
+@app.command("ablate-status", epilog="Example:  pipeline ablate-status runs/miniature-lambda")
+def ablate_status(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="What ablate was given as --out.")],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The table of an ablation so far, while it runs or after."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline.ledger import Ledger
+
+        _show("ablate-status", Ledger.open(out).result(), False, as_json)
+
+
 @app.command(epilog="Example:  pipeline tour --out runs/tour")
 def tour(
     sets: SetOption = None,
@@ -438,6 +507,8 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
         print(f"note: {printable(str(warning))}", file=sys.stderr)
     if as_json:
         print(results.as_json(result))
+    elif dry_run and command == "ablate":
+        results.show_ablation_plan(result)
     elif dry_run:
         results.show_estimate(command, result)
     elif command.startswith("extract"):
@@ -447,6 +518,8 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
             "train-student": results.show_training,
             "evaluate": results.show_evaluation,
             "baselines": results.show_baselines,
+            "ablate": results.show_ablation,
+            "ablate-status": results.show_ablation,
             "tour": results.show_tour,
             "compare": results.show_comparison,
             "synth": results.show_synth,

@@ -99,7 +99,7 @@ class RunFolder:
             _refuse_foreign_files(path)
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, config)
-            _write_json(path / "config.json", config.model_dump(mode="json"))
+            write_json(path / "config.json", config.model_dump(mode="json"))
         run.checkpoints.mkdir(exist_ok=True)
         run._note_environment()
         return run
@@ -169,7 +169,7 @@ class RunFolder:
         os.rename(temp, target)
         _flush_folder(self.checkpoints)
         for name in (*mark, "latest"):
-            _write_json(self.checkpoints / f"{name}.json", {"folder": target.name, "step": step})
+            write_json(self.checkpoints / f"{name}.json", {"folder": target.name, "step": step})
         self._prune()
         return target
 
@@ -210,6 +210,11 @@ class RunFolder:
             raise ConfigError(f"{self.path} has no checkpoint {name or 'yet'}; {hint}")
         return read_checkpoint(folder)
 
+    def step_at(self, marker: str) -> int:
+        """Optimiser steps behind "latest", "best" or "final"; 0 where there is no such checkpoint."""
+        folder = self._marked(marker)
+        return _step_of(folder) if folder is not None else 0
+
     def _write_checkpoint(
         self, folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
     ) -> None:
@@ -220,7 +225,7 @@ class RunFolder:
         save_file(_own_memory(tensors), file)
         facts = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         _flush(file)
-        _write_json(folder / "state.json", {"step": step, "state": dict(state), "tensors": facts})
+        write_json(folder / "state.json", {"step": step, "state": dict(state), "tensors": facts})
         _flush_folder(folder)
         if self.metrics_path.exists():  # what a resumed run keeps must not be newer than what the disk has
             _flush(self.metrics_path)
@@ -245,7 +250,7 @@ class RunFolder:
     def _note_environment(self) -> None:
         path, now = self.path / "environment.json", environment()
         if not path.exists():
-            _write_json(path, now)
+            write_json(path, now)
             return
         before = json.loads(path.read_text())["packages"]
         changed = [name for name, version in now["packages"].items() if before.get(name) != version]
@@ -372,7 +377,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file as a whole: readers see the old text or the new."""
     _write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

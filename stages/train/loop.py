@@ -1,8 +1,8 @@
 """Training against the cache: L = L_ce + lambda_kd · L_kd (Eq. 9).
 
-Every random choice is a pure function of (seed, epoch) or (seed, step): the order of the samples, the frame draws, and
-the dropout masks. So the state of a run is its weights, the optimiser's moments and one integer, and a run that was
-stopped after any step continues bit for bit (on CPU).
+Every random choice is a pure function of (seed, epoch) or (seed, step, micro-batch): the order of the samples, the
+frame draws, and the dropout masks. So the state of a run is its weights, the optimiser's moments and one integer, a run
+that was stopped after any step continues bit for bit (on CPU), and runs may take turns on one batch (``grid.py``).
 """
 
 from __future__ import annotations
@@ -139,12 +139,25 @@ class Trainer:
             raise ValueError("train.precision=bfloat16 is for CUDA; on the CPU it is slower than float32")
         return torch.autocast(device, torch.bfloat16, enabled=self.cfg.precision == "bfloat16")
 
-    def accumulate(self, batch: Batch, *, answer_tokens: int, num_samples: int) -> dict[str, float]:
-        """Add the gradients of one micro-batch of a step over ``num_samples`` samples with ``answer_tokens`` in all.
+    def begin(self, lr: float) -> None:
+        """Start an optimiser step: no gradients, this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def accumulate(
+        self, batch: Batch, *, step: int, part: int, answer_tokens: int, num_samples: int
+    ) -> dict[str, float]:
+        """Add the gradients of micro-batch ``part`` of a step over ``num_samples`` samples, ``answer_tokens`` in all.
 
         L_ce is a mean over answer tokens (Eq. 8, D21), L_kd over samples and frames (D8), both of the whole batch: so
-        the gradients do not depend on how it is cut.
+        the gradients do not depend on how it is cut. Dropout masks depend on (seed, step, part) alone.
         """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, step, part]).generate_state(1, np.uint64)[0]))
+            return self._accumulate(batch, answer_tokens, num_samples)
+
+    def _accumulate(self, batch: Batch, answer_tokens: int, num_samples: int) -> dict[str, float]:
         aligned = self.alignment is not None
         with self.autocast():
             out = self.student(
@@ -186,27 +199,32 @@ class Trainer:
         shape = budget.Shape(longest, wanted, *data.tokens.spec.frame_shape, text)
         return min(batch_size, budget.largest_batch(self.student, shape, budget.parse_bytes(self.cfg.memory)))
 
-    def step(self, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, float]:
-        """One optimiser step; returns what is logged: losses, gradient norm, learning rate."""
+    def cuts(self, data: CachedSamples, step: int, schedule: Schedule) -> list[tuple[list[int], list[int]]]:
+        """What a step reads: sample positions and frame draws of every micro-batch."""
         window_of = data.window_of() if self.cfg.group_windows else None
         positions, draws = batch_positions(self.cfg, schedule, len(data), step, window_of)
-        lr = schedule.lr(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
         size = self.micro_batch(data, len(positions))
-        answer_tokens = self.decoder.count_answer_tokens([data.samples[i].answer for i in positions])
+        parts = [slice(first, first + size) for first in range(0, len(positions), size)]
+        return [(positions[part], draws[part]) for part in parts]
+
+    def step(self, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, float]:
+        """One optimiser step; returns what is logged: losses, gradient norm, learning rate."""
+        cuts = self.cuts(data, step, schedule)
+        answers = [data.samples[i].answer for positions, _ in cuts for i in positions]
+        answer_tokens = self.decoder.count_answer_tokens(answers)
         totals: dict[str, float] = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.cfg.seed * 1_000_003 + step)  # dropout masks: a function of (seed, step)
-            for first in range(0, len(positions), size):
-                batch = data.batch(positions[first : first + size], draws[first : first + size])
-                parts = self.accumulate(batch, answer_tokens=answer_tokens, num_samples=len(positions))
-                for key, value in parts.items():
-                    totals[key] = totals.get(key, 0.0) + value
-        totals["grad_norm"] = gradient_norm(list(self.trainable().values()))
+        self.begin(schedule.lr(step))
+        for part, cut in enumerate(cuts):
+            batch = data.batch(*cut)
+            found = self.accumulate(batch, step=step, part=part, answer_tokens=answer_tokens, num_samples=len(answers))
+            add(totals, found)
+        return totals | self.finish()
+
+    def finish(self) -> dict[str, float]:
+        """Let the optimiser use what was accumulated. Returns gradient norm and learning rate."""
+        norm = gradient_norm(list(self.trainable().values()))
         self.optimizer.step()
-        return totals | {"lr": lr}
+        return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights and optimiser moments as flat named tensors; on the CPU they are the live ones, so write them now."""
@@ -237,6 +255,12 @@ def module_weights(room: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """The state dict of one module ("student", "alignment") inside the tensors of a checkpoint."""
     prefix = f"{room}."
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def add(totals: dict[str, float], parts: Mapping[str, float]) -> None:
+    """Add the logged parts of a micro-batch to those of its step, in place."""
+    for key, value in parts.items():
+        totals[key] = totals.get(key, 0.0) + value
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
