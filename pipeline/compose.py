@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from stages.decode.evaluate import resume
 from stages.decode.metrics import is_correct
 from stages.extract.run import Job
 from stages.extract.run import extract as run_extraction
+from stages.train import diagnostics
 from stages.train.alignment import Alignment
 from stages.train.loop import Trainer, make_schedule, module_weights
 from stages.train.loop import train as run_training
@@ -146,9 +148,12 @@ def train(
     validate = _validation(config, dataset, stores, cache, trainer)
     total = make_schedule(config.train, len(train_set)).total_steps
     board = run.board(first_step=state["step"])
+    begun, done = _now(), state["step"]
 
     def log(record: dict[str, Any]) -> None:
+        nonlocal done
         run.log(record)
+        done = record["step"]
         for key, value in record.items():
             if key not in ("step", "epoch"):
                 board.add_scalar(key, value, record["step"])
@@ -170,7 +175,40 @@ def train(
         )
     finally:
         board.close()
-    return summary | {"run": str(out), "dropped": data.dropped, "warnings": list(dataset.warnings)}
+        if done > state["step"]:
+            read = (done - state["step"]) * min(config.train.batch_size, len(train_set)) * _sample_bytes(config, stores)
+            run.note_session(
+                {"command": "train-student", "first_step": state["step"], "steps": done}
+                | {"bytes_read": read, "features": _fingerprints(stores), **_cost_since(begun)}
+            )
+    alarm = diagnostics.saturation(run.metrics()) if config.align.weights == "adaptive" else None
+    warnings = [*dataset.warnings, *([str(alarm)] if alarm is not None else [])]
+    return summary | {"run": str(out), "dropped": data.dropped, "warnings": warnings}
+
+
+def _now() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
+def _cost_since(begun: tuple[float, float]) -> dict[str, float]:
+    """Seconds on the clock, and of this process's threads."""
+    seconds, cpu_seconds = (now - then for now, then in zip(_now(), begun, strict=True))
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds}
+
+
+def _sample_bytes(config: PipelineConfig, stores: Sequence[FeatureStore]) -> int:
+    """What one sample takes in the cache, all modalities that are read."""
+    frame = sum(int(np.prod(s.spec.frame_shape)) * np.dtype(s.spec.dtype).itemsize for s in stores)
+    return config.data.num_frames * frame
+
+
+def _fingerprints(stores: Sequence[FeatureStore]) -> dict[str, dict[str, Any]]:
+    """Which features were read: enough to find out whether two runs read the same ones."""
+    return {
+        store.modality: {"digest": store.spec.digest(), "encoder": store.spec.encoder, "weights": store.spec.weights}
+        | {"layer": store.spec.layer, "dtype": store.spec.dtype, "frame_shape": list(store.spec.frame_shape)}
+        for store in stores
+    }
 
 
 def build_trainer(config: PipelineConfig, data: CachedSamples, device: str) -> Trainer:
@@ -345,6 +383,7 @@ def evaluate(
     found = available_samples(config, samples, stores, cache, split)
     data = CachedSamples(found.samples, stores[0])
     loaded = run.load_checkpoint(checkpoint or "")
+    begun = _now()
     decoder: Decoder = registry.load("decoder", config.decode.name)(config.decode, device=device)
     student = _student(config, stores[0].spec, decoder, device).eval()
     student.load_state_dict(module_weights("student", loaded.tensors), strict=True)
@@ -361,6 +400,8 @@ def evaluate(
         log=lambda done: progress(len(answered) + done, len(data), split),
         run=made_by,
     )
+    if todo:
+        run.note_session({"command": "evaluate", "split": split, "samples": len(todo), **_cost_since(begun)})
     report = scoring.report(dataset, found, split, write)
     never = decoder.unreachable([sample.answer for sample in found.samples])
     if never:
