@@ -270,6 +270,64 @@ def tour(
         _show("tour", result, False, as_json)
 
 
+@app.command(epilog="Example:  pipeline diagnose --run runs/slower --samples 128")
+def diagnose(
+    cache: CacheOption = None,
+    run: EvaluatedRunOption = None,
+    split: SplitOption = "test",
+    samples: Annotated[
+        int, typer.Option("--samples", min=4, metavar="N", help="Evenly spaced samples that are looked at.")
+    ] = 64,
+    checkpoint: CheckpointOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Look into a finished student: alignment per level and frame, memory banks, attention, operations."""
+    with guard(debug=debug, as_json=as_json):
+        run = run or Path("runs") / "miniature"
+        config, _ = _run_config(run, "", None)
+        cache = _cache(cache, config)
+        _compose(dry_run=False)
+        from pipeline.diagnose import diagnose as look
+        from pipeline.progress import Progress
+
+        with Progress() as progress:
+            result = look(
+                run,
+                cache=cache,
+                split=split,
+                samples=samples,
+                checkpoint=checkpoint or "",
+                device=_device(device, False),
+                progress=progress,
+            )
+        _show("diagnose", result, False, as_json)
+
+
+@app.command(epilog="Example:  pipeline report runs/ablation --out ablation.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders, or folders of run folders.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The page. [default: report.html in the first RUN]")
+    ] = None,
+    videos: Annotated[
+        int, typer.Option("--videos", min=0, metavar="N", help="Questions shown one by one, with their frames.")
+    ] = 6,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Put runs on one page: the answer, the paper's tables beside ours, the diagnostics, single questions, the cost."""
+    with guard(debug=debug, as_json=as_json):
+        _compose(dry_run=False)
+        from pipeline.progress import Progress
+        from pipeline.report.build import report as build
+
+        with Progress() as progress:
+            result = build(runs, out=out, shown=videos, progress=progress)
+        _show("report", result, False, as_json)
+
+
 @app.command(epilog="Example:  pipeline synth --videos 60 --seed 1 --out cache/another-world")
 def synth(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where videos and annotations go.")] = Path(
@@ -403,6 +461,8 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
             "evaluate": results.show_evaluation,
             "baselines": results.show_baselines,
             "tour": results.show_tour,
+            "diagnose": results.show_diagnosis,
+            "report": results.show_report,
             "synth": results.show_synth,
         }[command](result)
 

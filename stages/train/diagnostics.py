@@ -53,7 +53,7 @@ def centred_cosine(z: Float[Tensor, "n D"], target: Float[Tensor, "n D"]) -> flo
     return float(F.cosine_similarity(z - z.mean(0), target - target.mean(0), dim=-1, eps=1e-8).mean())
 
 
-def saturated_share(w: Float[Tensor, "..."]) -> float:
+def saturated_share(w: Float[Tensor, ...]) -> float:
     """Share of the single weights beyond HIGH or below LOW, where g_psi hardly learns any more."""
     return float(((w > HIGH) | (w < LOW)).double().mean())
 

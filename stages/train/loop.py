@@ -181,9 +181,7 @@ class Trainer:
         size = self.cfg.micro_batch or len(looked_at)
         batches = (data.batch(looked_at[first : first + size]) for first in looked_at[::size])
         seen = diagnostics.observe(self.student, self.alignment, batches)
-        return diagnostics.scalars(
-            seen, last_frames=num_aligned_frames(self.align_cfg.frames, seen.hidden[1].shape[1])
-        )
+        return diagnostics.scalars(seen, last_frames=num_aligned_frames(self.align_cfg.frames, seen.hidden[1].shape[1]))
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights and optimiser moments as flat named tensors; on the CPU they are the live ones, so write them now."""
