@@ -4,7 +4,7 @@
 
     OUT/baselines.json                 the scores of all of them
     OUT/<probe>/predictions.jsonl      the same lines as those of ``evaluate``, so that ``compare`` can pair them
-    OUT/<probe>/probe.json             what was chosen on val
+    OUT/<probe>/probe.json             seed, rule, and what was chosen on val
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from cache_schema.store import FeatureStore
 from pipeline import registry, results, scoring
-from pipeline.compose import available_samples, load_dataset, open_stores, samples_of
+from pipeline.compose import available_samples, load_dataset, open_stores, refuse_leaks, samples_of
 from pipeline.errors import ConfigError
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
@@ -28,7 +28,8 @@ from stages.train import probes
 from stages.train.probes import ProbeRefused, Splits
 from stages.types import Sample
 
-METHOD = 1  # of the probes: another number means that answers on disk are not those that would be given today
+KEPT_LABELS = 64  # up to here the scores of all labels are kept, so that windows of a video can be averaged
+METHOD = 2  # of the probes: another number means that answers on disk are not those that would be given today
 
 
 def baselines(
@@ -42,16 +43,17 @@ def baselines(
     progress: OnProgress,
 ) -> dict[str, Any]:
     """Fit the named baselines (default: all) on train, choose on val, answer ``split`` and score the answers."""
-    chosen = {name: registry.load("probe", name) for name in names or registry.PROBES}
+    fits = {name: registry.load("probe", name) for name in names or registry.PROBES}
     dataset = load_dataset(config)
     absent = [name for name in ("train", "val") if name not in dataset.splits]
     if absent:
         raise ConfigError(f"a baseline is fitted on train and chosen on val; the annotations have no {absent[0]} split")
+    refuse_leaks(config, dataset.leaks)
     wanted = [samples_of(dataset, name) for name in ("train", "val", split)]
     if dry_run:
         sizes = {f"{name}_samples": len(part) for name, part in zip(("train", "val", split), wanted, strict=True)}
-        return sizes | {"baselines": len(chosen), "published_n": dataset.published_n(split)}
-    stores = _stores(config, cache, needs_teacher=any(name.startswith("teacher") for name in chosen))
+        return sizes | {"baselines": len(fits), "published_n": dataset.published_n(split)}
+    stores = _stores(config, cache, needs_teacher=any(name.startswith("teacher") for name in fits))
     kept = [
         available_samples(config, part, list(stores.values()), cache, name)
         for name, part in zip(("train", "val", split), wanted, strict=True)
@@ -61,20 +63,22 @@ def baselines(
     done: dict[str, Any] = {}
     refused: dict[str, str] = {}
     fitted = 0
-    for number, (name, probe) in enumerate(chosen.items()):
-        progress(number, len(chosen), name)
+    for number, (name, probe) in enumerate(fits.items()):
+        progress(number, len(fits), name)
         source = stores["teacher" if name.startswith("teacher") else "clip"]
-        folder, run = out / name, f"{name}:{_digest(config, source, splits)}"
+        path, run = scoring.predictions_file(out / name, split), f"{name}:{_digest(config, source, splits)}"
         try:
-            if not _is_there(folder, run, splits.test):
-                _write(folder, splits.test, run, *_answers(probe, stores, splits, config.train.seed))
+            if not _is_there(path, run, splits.test):
+                predictions, chosen = _answers(probe, stores, splits, config.train.seed, run)
+                facts = {"probe": name, "seed": config.train.seed, "match": dataset.answer_rule, "chosen": chosen}
+                _write(path, predictions, facts)
                 fitted += 1
         except ProbeRefused as error:
             refused[name] = str(error)
             continue
-        choices = json.loads((folder / "probe.json").read_text())
-        done[name] = scoring.report(dataset, kept[2], split, folder / "predictions.jsonl") | {"chosen": choices}
-    progress(len(chosen), len(chosen), "")
+        facts = json.loads((out / name / "probe.json").read_text())
+        done[name] = scoring.report(dataset, wanted[2], kept[2], split, path) | {"chosen": facts["chosen"]}
+    progress(len(fits), len(fits), "")
     result = {
         "split": split,
         "train_samples": len(splits.train),
@@ -96,40 +100,42 @@ def _stores(config: PipelineConfig, cache: Path, *, needs_teacher: bool) -> dict
 
 
 def _answers(
-    probe: Any, stores: Mapping[str, FeatureStore], splits: Splits, seed: int
-) -> tuple[dict[str, tuple[str, ...]], dict[str, Mapping[str, float | int]]]:
-    """Ranked labels by sample id, and what was chosen by task."""
-    said: dict[str, tuple[str, ...]] = {}
+    probe: Any, stores: Mapping[str, FeatureStore], splits: Splits, seed: int, run: str
+) -> tuple[list[Prediction], dict[str, Mapping[str, float | int]]]:
+    """Predictions for the test samples of every task, and what was chosen by task."""
+    predictions: list[Prediction] = []
     choices: dict[str, Mapping[str, float | int]] = {}
     for task, parts in probes.tasks(splits).items():
         answers = probe(stores, parts, seed=seed)
-        said |= {sample.sample_id: beams for sample, beams in zip(parts.test, answers.ranked(), strict=True)}
         choices[task] = answers.chosen
-    return said, choices
+        for s, ranked, row in zip(parts.test, answers.ranked(KEPT_LABELS), answers.log_probs, strict=True):
+            scores = tuple(sorted(row.tolist(), reverse=True)) if len(row) <= KEPT_LABELS else ()
+            predictions.append(
+                Prediction(
+                    s.sample_id,
+                    s.video_id,
+                    s.group,
+                    s.prompt,
+                    s.answer,
+                    ranked[:5],
+                    run,
+                    ranked if scores else (),
+                    scores,
+                )
+            )
+    return predictions, choices
 
 
-def _write(
-    folder: Path,
-    samples: Sequence[Sample],
-    run: str,
-    said: Mapping[str, tuple[str, ...]],
-    choices: Mapping[str, Mapping[str, float | int]],
-) -> None:
-    """``predictions.jsonl`` appears whole, and last: with it the baseline is done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "probe.json").write_text(json.dumps(choices, sort_keys=True) + "\n")
-    half = folder / ".predictions.jsonl"
-    half.write_bytes(
-        b"".join(
-            line_of(Prediction(s.sample_id, s.video_id, s.group, s.prompt, s.answer, said[s.sample_id], run))
-            for s in samples
-        )
-    )
-    half.replace(folder / "predictions.jsonl")
+def _write(path: Path, predictions: Sequence[Prediction], facts: Mapping[str, Any]) -> None:
+    """The predictions appear whole, and last: with them the baseline is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "probe.json").write_text(json.dumps(facts, sort_keys=True) + "\n")
+    half = path.with_name(f".{path.name}")
+    half.write_bytes(b"".join(map(line_of, predictions)))
+    half.replace(path)
 
 
-def _is_there(folder: Path, run: str, samples: Sequence[Sample]) -> bool:
-    path = folder / "predictions.jsonl"
+def _is_there(path: Path, run: str, samples: Sequence[Sample]) -> bool:
     if not path.exists():
         return False
     there = {(p.sample_id, p.run) for p in read_predictions(path)}

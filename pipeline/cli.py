@@ -328,6 +328,23 @@ def report(
         _show("report", result, False, as_json)
 
 
+@app.command(epilog="Example:  pipeline compare runs/lambda-0 runs/lambda-1 runs/miniature-baselines/clip_mean")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of baselines.")],
+    split: SplitOption = "test",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Test any two runs against each other, paired by sample and clustered by video.
+
+    Runs that differ in their seed only are one variant: their answers are averaged per sample first.
+    """
+    with guard(debug=debug, as_json=as_json):
+        from pipeline.scoring import compare as compare_runs
+
+        _show("compare", compare_runs(runs, split=split), False, as_json)
+
+
 @app.command(epilog="Example:  pipeline synth --videos 60 --seed 1 --out cache/another-world")
 def synth(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where videos and annotations go.")] = Path(
@@ -463,6 +480,7 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
             "tour": results.show_tour,
             "diagnose": results.show_diagnosis,
             "report": results.show_report,
+            "compare": results.show_comparison,
             "synth": results.show_synth,
         }[command](result)
 

@@ -31,8 +31,8 @@ from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
 from stages.data.manifest import coverage, estimate
 from stages.data.samples import Availability, Batch, CachedSamples, available, few
+from stages.decode.evaluate import ClosedSets, resume
 from stages.decode.evaluate import evaluate as answer
-from stages.decode.evaluate import resume
 from stages.decode.metrics import is_correct
 from stages.extract.run import Job
 from stages.extract.run import extract as run_extraction
@@ -44,6 +44,7 @@ from stages.train.student import Student
 from stages.types import Decoder, Sample
 
 Which = Literal["clip", "teacher"]
+MAX_LABELS = 256  # a label set; open questions have thousands of answers
 
 
 # ---------------------------------------------------------------- stage 1
@@ -131,6 +132,7 @@ def train(
     """Train the student of a run folder, or go on with it; scored on val after every epoch where that selects."""
     dataset = load_dataset(config)
     samples = samples_of(dataset, "train")
+    refuse_leaks(config, dataset.leaks)
     if dry_run:
         return _training_estimate(config, few(samples, config.train.max_samples, config.train.seed))
     aligned = config.train.lambda_kd > 0
@@ -281,6 +283,16 @@ def _student(config: PipelineConfig, spec: FeatureSpec, decoder: Decoder, device
     return build(config.student, clip_width=spec.frame_shape[-1], llm_width=decoder.width).to(device)
 
 
+def refuse_leaks(config: PipelineConfig, leaks: Sequence[str]) -> None:
+    """Raise ConfigError where a test video of one task trains another, unless ``data.allow_leak`` asks for that."""
+    if leaks and not config.data.allow_leak:
+        raise ConfigError(
+            f"data.task={config.data.task}: {len(leaks)} test videos of one task are training videos of another, "
+            f"such as {', '.join(leaks[:3])}; a student trained on all tasks has seen its test videos.\n"
+            f"Train one task at a time, or accept it:  --set data.allow_leak=true"
+        )
+
+
 def samples_of(dataset: Any, split: str) -> list[Sample]:
     """The samples of a split. Raises ConfigError when there are none."""
     if not dataset.splits:
@@ -387,7 +399,7 @@ def evaluate(
     decoder: Decoder = registry.load("decoder", config.decode.name)(config.decode, device=device)
     student = _student(config, stores[0].spec, decoder, device).eval()
     student.load_state_dict(module_weights("student", loaded.tensors), strict=True)
-    write = run.predictions if split == "test" else run.path / f"predictions-{split}.jsonl"
+    write = scoring.predictions_file(run.path, split)
     made_by = _digest(loaded.path, config)
     answered = resume(write, made_by)
     todo = [i for i, sample in enumerate(data.samples) if sample.sample_id not in answered]
@@ -399,10 +411,11 @@ def evaluate(
         write=write,
         log=lambda done: progress(len(answered) + done, len(data), split),
         run=made_by,
+        closed=_closed_sets(config, dataset, found.samples),
     )
     if todo:
         run.note_session({"command": "evaluate", "split": split, "samples": len(todo), **_cost_since(begun)})
-    report = scoring.report(dataset, found, split, write)
+    report = scoring.report(dataset, samples, found, split, write)
     never = decoder.unreachable([sample.answer for sample in found.samples])
     if never:
         shown = ", ".join(map(repr, never[:5]))
@@ -413,6 +426,22 @@ def evaluate(
         "predictions": str(write),
         "resumed": len(answered),
     }
+
+
+def _closed_sets(config: PipelineConfig, dataset: Any, samples: Sequence[Sample]) -> ClosedSets | None:
+    """The answers of the training set by group (of the samples themselves where there is no training set)."""
+    if not config.decode.closed_set:
+        return None
+    labels: dict[str, set[str]] = {sample.group: set() for sample in samples}
+    for sample in dataset.samples("train") if "train" in dataset.splits else samples:
+        labels.setdefault(sample.group, set()).add(sample.answer)
+    for group, answers in labels.items():
+        if not 0 < len(answers) <= MAX_LABELS:
+            raise ConfigError(
+                f"decode.closed_set: {group!r} has {len(answers):,} training answers, which is no closed set "
+                f"(1 to {MAX_LABELS}).\nEvaluate without it:  --set decode.closed_set="
+            )
+    return ClosedSets({group: sorted(answers) for group, answers in labels.items()}, config.decode.closed_set)
 
 
 def _digest(checkpoint: Path, config: PipelineConfig) -> str:

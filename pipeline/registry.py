@@ -22,6 +22,8 @@ DATASETS = {  # data.name
 }
 STUDENTS = {
     "malmm": "stages.train.student:build",
+    "no_memory": "stages.train.variants:no_memory",
+    "per_frame": "stages.train.variants:per_frame",
 }
 DECODERS = {
     "causal_lm": "stages.decode.llm:build",

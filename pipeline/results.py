@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Result = Mapping[str, Any]
 SHOWN = 20  # failures, classes or missing videos listed before "and n more"
+MATRIX = 8  # classes up to which the confusion matrix is printed
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -79,9 +80,17 @@ def show_training(result: Result) -> None:
 
 
 def show_evaluation(result: Result) -> None:
-    """The result table: accuracy with its interval beside the majority baseline, per class and per question type."""
+    """The result table: accuracy with its interval beside the majority baseline, per class and per question type.
+
+    Below the line of the paper's exact match stand its other readings: closed label sets, one answer per video.
+    """
     table = _table("", "n", "correct", "top-1", "95 % interval", "top-5", "majority")
     _tally(table, "all", result)
+    readings = {"ranked": "best of the label set", "constrained": "label set only"}
+    for name, part in result.get("closed", {}).items():
+        _tally(table, readings.get(name, name), part)
+    for name, part in result.get("video_level", {}).items():
+        _tally(table, f"per video, by {name}", part)
     for title in ("per_group", "per_class"):
         parts: Mapping[str, Result] = result.get(title, {})
         if len(parts) < 2 and title == "per_group":
@@ -92,16 +101,13 @@ def show_evaluation(result: Result) -> None:
         if len(parts) > SHOWN:
             table.add_row(f"… and {len(parts) - SHOWN} more")
     _print("Accuracy in %:", table)
+    if confusion := result.get("confusion"):
+        _confusion(confusion)
+    if result.get("macro") is not None:
+        _say(f"Mean recall over the classes {_percent(result['macro'])}, macro-F1 {_percent(result.get('macro_f1'))}.")
     if "seed" in result:
-        _say(
-            f"One seed ({result['seed']}), {result['videos']} videos. "
-            "The interval takes samples for independent; windows or questions of one video are not."
-        )
-    if missing := result.get("missing_samples"):
-        _say(f"{missing} of {missing + result['n']} samples are left out: the cache lacks their frames")
-    if published := result.get("published_n"):
-        same = "that of the published figures" if published == result["n"] else f"not the published {published}"
-        _say(f"n = {result['n']} is {same}.")
+        _say(f"One seed ({result['seed']}), {result['videos']} videos; {_how(result)}")
+    _protocol(result)
     if (before := result.get("resumed", 0)) and before == result["n"]:
         _say(f"{before} of {before} answers were there before; nothing to do")
 
@@ -114,6 +120,9 @@ def show_baselines(result: Result) -> None:
     _print(f"Accuracy in % on {printable(result['split'])}:", table)
     for name, reason in result["refused"].items():
         _say(f"{name} was left out: {reason}")
+    for part in list(result["baselines"].values())[:1]:
+        _say(f"{part['videos']} videos; {_how({**part, 'interval': None})}")
+        _protocol(part)
     _say(f"Fitted on {result['train_samples']} samples, chosen on {result['val_samples']} of val; in {result['out']}")
     if not result["fitted"]:
         _say(f"{len(result['baselines'])} of {len(result['baselines'])} were there before; nothing to do")
@@ -126,7 +135,9 @@ def show_tour(result: Result) -> None:
     for row in next(iter(tasks.values())):
         table.add_row(printable(row), *(_with_interval(rows[row]) for rows in tasks.values()))
     _print("A coarse task that captions mention, and a fine one that they never do:", table)
-    _say(f"Seed {result['seed']} alone: a difference between two lines may be the seed's. Intervals: 95 %.")
+    _say(
+        f"Seed {result['seed']} alone: a difference between two lines may be the seed's. Intervals: 95 %, over videos."
+    )
 
 
 def _n(rows: Mapping[str, Result]) -> int:
@@ -134,7 +145,7 @@ def _n(rows: Mapping[str, Result]) -> int:
 
 
 def _with_interval(part: Result) -> str:
-    low, high = part.get("video_interval") or part["interval"]
+    low, high = part["by_video"]["interval"]
     return f"{100 * part['top1']:.1f}  ({100 * low:.1f} to {100 * high:.1f})"
 
 
@@ -160,6 +171,29 @@ def show_report(result: Result) -> None:
     _say(f"{result['runs']} runs on one page: {result['page']} ({size(result['bytes'])})")
 
 
+def show_comparison(result: Result) -> None:
+    """Every variant, then every pair."""
+    table = _table("", "n", "correct", "top-1", "95 % interval", "seeds", "sd over seeds")
+    for part in result["variants"]:
+        row = [_cell(result["n"]), f"{part['correct']:.6g}", _percent(part["top1"]), _span(part["interval"])]
+        table.add_row(printable(part["name"]), *row, _cell(len(part["seeds"])), _percent(part["seed_sd"]))
+    _print("Accuracy in % on the samples that all have answered:", table)
+    for key, values in result["differing"].items():
+        _say(f"{key}: {' | '.join('-' if value is None else str(value) for value in values)}")
+    pairs = _table("b minus a", "difference", "95 % interval", "p", "p (Holm)", "p over seeds")
+    for part in result["pairs"]:
+        numbers = [f"{100 * part['difference']:+.1f}", _span(part["interval"], sign=True)]
+        tests = ["" if part[key] is None else f"{part[key]:.2g}" for key in ("p", "p_holm", "seed_p")]
+        pairs.add_row(f"{printable(part['b'])} minus {printable(part['a'])}", *numbers, *tests)
+    _print("Differences in points:", pairs)
+    _say(
+        f"{result['n']} samples of {result['videos']} videos, paired. Intervals draw whole videos (BCa, 10,000 draws). "
+        "p: exact sign-flip test over videos, of the seeds' averages; p over seeds flips the seeds that both have."
+    )
+    if result["left_out"]:
+        _say(f"{result['left_out']} samples are left out: not every run has answered them.")
+
+
 def show_synth(result: Result) -> None:
     """What was drawn, and where."""
     now = f"{result['written']} drawn now" if result["written"] else "all drawn before; nothing to do"
@@ -167,10 +201,56 @@ def show_synth(result: Result) -> None:
 
 
 def _tally(table: Table, name: str, part: Result) -> None:
-    interval = part.get("interval")
-    span = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
+    by_video = part.get("by_video") or {}
     shares = [_percent(part.get(key)) for key in ("top1", "top5", "majority")]
+    span = _span(by_video.get("interval") or part.get("interval"))
     table.add_row(name, _cell(part["n"]), _cell(part["correct"]), shares[0], span, *shares[1:])
+
+
+def _span(interval: Sequence[float] | None, *, sign: bool = False) -> str:
+    if interval is None:
+        return ""
+    low, high = (f"{100 * end:+.1f}" if sign else f"{100 * end:.1f}" for end in interval)
+    return f"{low} to {high}"
+
+
+def _how(part: Result) -> str:
+    """How the interval of an evaluation was made, and what the usual one would have been."""
+    by_video = part.get("by_video")
+    if by_video is None:
+        return "the interval takes samples for independent (Wilson); windows or questions of one video are not."
+    made = {"bca": "BCa bootstrap, 10,000 draws", "wilson": "Wilson over videos, since all are alike"}
+    few = f" {by_video['videos']} videos are few: the true interval is wider." if by_video["few"] else ""
+    usual = f" As if samples were independent (Wilson): {_span(part['interval'])}." if part.get("interval") else ""
+    return f"intervals draw whole videos ({made.get(by_video['method'], by_video['method'])}).{few}{usual}"
+
+
+def _confusion(confusion: Result) -> None:
+    labels: Sequence[str] = confusion["labels"]
+    if len(labels) > MATRIX + 1:
+        return  # --json has it
+    table = _table("true, said:", *map(printable, labels))
+    for name, row in zip(labels, confusion["counts"], strict=False):
+        table.add_row(printable(name), *map(_cell, row))
+    _print("Answers:", table)
+
+
+def _protocol(result: Result) -> None:
+    """Whether n is the published one; what is missing, by name; and what the score is if all of that is wrong."""
+    if missing := result.get("missing_samples"):
+        worst = result["worst_case"]
+        _say(
+            f"{missing} of {worst['n']} samples are missing. If all of them were wrong: "
+            f"{worst['correct']} of {worst['n']}, {_percent(worst['top1'])} %."
+        )
+        videos = list(result["missing_videos"].items())
+        for video, reason in videos[:SHOWN]:
+            _say(f"missing: {video}: {reason}")
+        if len(videos) > SHOWN:
+            _say(f"… and {len(videos) - SHOWN} more; --json lists all")
+    if published := result.get("published_n"):
+        same = "that of the published figures" if published == result["n"] else f"not the published {published}"
+        _say(f"n = {result['n']} is {same}.")
 
 
 def _coverage(coverage: Mapping[str, Result]) -> Table:

@@ -83,7 +83,7 @@ def _run(job: Job) -> dict[str, Any]:
 
 
 def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: report.get(key) for key in ("n", "correct", "top1", "interval", "videos", "video_interval")}
+    return {key: report[key] for key in ("n", "correct", "top1", "videos", "by_video")}
 
 
 def _silent(_done: int, _total: int, _what: str) -> None:

@@ -37,6 +37,12 @@ def parse_levels(value: object) -> object:
     return tuple(levels)
 
 
+def parse_names(value: object) -> object:
+    """Lists of names as a user types them: ``rank,constrained``; nothing is the empty list."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+ClosedSetWays = Annotated[tuple[Literal["rank", "constrained"], ...], BeforeValidator(parse_names)]
 Levels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(parse_levels), Field(min_length=1)]
 
 
@@ -47,7 +53,8 @@ class DataConfig(Config):
     videos: str = ""  # folder of video files, folder of frame folders, or a WebDataset tar (path or URL)
     annotations: str = ""  # one annotation file, or a folder with one file per split
     source: Literal["files", "frame_folders", "webdataset"] = "files"
-    task: str = "relationship"  # LVU layout: the label key (MA-LMM)
+    task: str = "relationship"  # LVU layout: the label key (MA-LMM); several with commas: one student for all of them
+    allow_leak: bool = False  # D49: several tasks, though a test video of one is a training video of another
     prompt_style: Literal["malmm", "paper"] = "malmm"  # D16: raw key in lower case, or the words of §4.2
     fps: float = Field(10.0, gt=0)  # the grid that frame indices count on (MA-LMM extracts at 10 fps)
     num_frames: int = Field(100, ge=1)  # T; §4.2 "the frame length is 100"
@@ -117,6 +124,7 @@ class StudentConfig(Config):
     max_frames: int = Field(120, ge=1)  # rows of PE (MA-LMM max_num_frames)
     pe: Literal["learned", "frozen_zero"] = "learned"  # D11
     train_ln_vision: bool = True  # D11
+    evaluation: Literal["parallel", "reference"] = "parallel"  # D38: all steps at once, or one by one; equal results
     max_text_tokens: int = Field(128, ge=1)  # instruction tokens into the Q-Former (MA-LMM max_txt_len)
 
 
@@ -175,6 +183,7 @@ class DecodeConfig(Config):
     repetition_penalty: float = Field(1.5, gt=0)  # MA-LMM default, never overridden there
     length_penalty: float = 1.0  # MA-LMM: 1 for LVU, 0 for QA
     max_prompt_tokens: int = Field(128, ge=1)  # MA-LMM max_txt_len
+    closed_set: ClosedSetWays = ()  # D51: also rank the label set by likelihood, or decode labels only; beside exact
     batch_size: int = Field(16, ge=1)  # samples per generate call; speed only
 
 

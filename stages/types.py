@@ -121,11 +121,11 @@ class FrozenEncoder(Protocol):
 class StudentOutput:
     """What the student gives for a batch.
 
-    ``prefix`` [B, Q, V]: the visual tokens the LLM reads (from the last frame).
+    ``prefix`` [B, N, V]: the visual tokens the LLM reads; N = Q, from the last frame (T · Q for a per-frame student).
     ``hidden`` {u: [B, T', Q, E]}: query states of level u at the frames that the alignment asked for.
     """
 
-    prefix: Float[Tensor, "B Q V"]
+    prefix: Float[Tensor, "B N V"]
     hidden: dict[int, Float[Tensor, "B T Q E"]]
 
 

@@ -26,7 +26,7 @@ from stages.data.annotations import (
     require_path,
     validated,
 )
-from stages.data.lvu import check_task, lvu_samples
+from stages.data.lvu import check_task, cross_task_videos, lvu_samples, tasks_of
 from stages.data.msvd import qa_files, qa_samples
 from stages.data.sampling import grid_count
 from stages.types import Sample, VideoRejected
@@ -67,6 +67,7 @@ class ClipsDataset:
         if cfg.annotations:
             self.layout, repeated = self._read(require_path(cfg.annotations))
         self.splits = tuple(self._entries)
+        self.leaks = cross_task_videos(self._lvu, tasks_of(cfg))
         self.warnings = self._collect_warnings(repeated)
 
     @property
@@ -113,7 +114,7 @@ class ClipsDataset:
             self._qa = validated(raw, QaEntry, problems)
         problems.raise_any()
         if self._lvu:
-            check_task(self.cfg.task, self._lvu, str(path))
+            check_task(self.cfg, self._lvu, str(path))
         return "lvu" if self._lvu else "qa", raw[0].split == EVERY_SPLIT and all(
             "subset" not in e for e in raw[0].objects.values()
         )

@@ -42,9 +42,10 @@ LvuEntries = Mapping[str, Mapping[str, LvuEntry]]  # split -> video -> entry
 
 
 class LvuDataset:
-    """One task of LVU. ``data.annotations`` is a folder with train.json, val.json and test.json (any of them).
+    """One task of LVU, or several. ``data.annotations`` is a folder with train.json, val.json, test.json (any of them).
 
-    A sample is one window of one video; every window of a video has the video's label.
+    A sample is one window of one video; every window of a video has the video's label. ``leaks`` names the videos that
+    train one of several tasks and test another.
     """
 
     answer_rule: ClassVar[Literal["exact"]] = "exact"
@@ -52,9 +53,10 @@ class LvuDataset:
     def __init__(self, cfg: DataConfig) -> None:
         self.cfg = cfg
         self._entries = read_lvu(cfg.annotations)
-        check_task(cfg.task, self._entries, cfg.annotations)
+        check_task(cfg, self._entries, cfg.annotations)
         self.splits = tuple(self._entries)
-        self.warnings = leak_warnings(with_task(self._entries, cfg.task))
+        self.leaks = cross_task_videos(self._entries, tasks_of(cfg))
+        self.warnings = leak_warnings(with_task(self._entries, tasks_of(cfg)))
 
     def samples(self, split: str) -> list[Sample]:
         """Windows of the videos that have a label for the task, in annotation order."""
@@ -70,8 +72,15 @@ class LvuDataset:
         return distinct_answers(self.samples(split))
 
     def published_n(self, split: str) -> int | None:
-        """Number of test windows behind the published figures of this task; None for other splits and tasks."""
-        return PUBLISHED_TEST_WINDOWS.get(self.cfg.task) if split == "test" else None
+        """Number of test windows behind the published figures of these tasks; None for other splits and tasks."""
+        if split != "test" or not set(tasks_of(self.cfg)) <= PUBLISHED_TEST_WINDOWS.keys():
+            return None
+        return sum(PUBLISHED_TEST_WINDOWS[task] for task in tasks_of(self.cfg))
+
+
+def tasks_of(cfg: DataConfig) -> tuple[str, ...]:
+    """The label keys that ``data.task`` names, in its order, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in cfg.task.split(",")))
 
 
 def read_lvu(annotations: str) -> dict[str, dict[str, LvuEntry]]:
@@ -86,35 +95,49 @@ def read_lvu(annotations: str) -> dict[str, dict[str, LvuEntry]]:
     return entries
 
 
-def check_task(task: str, entries: LvuEntries, where: str) -> None:
-    """Raise AnnotationError if no video has a label for ``task``, or if some label of it is not a text."""
+def check_task(cfg: DataConfig, entries: LvuEntries, where: str) -> None:
+    """Raise AnnotationError if no video has a label for one of the tasks, or if some label of it is not a text."""
     problems = Problems(where)
+    tasks = tasks_of(cfg)
     for split, part in entries.items():
         for video, entry in part.items():
-            if task in (entry.model_extra or {}) and not entry.label(task):
-                got = (entry.model_extra or {})[task]
-                problems.found.append(
-                    f"{split}:{video}:{task} a label must be a text that is not empty; got {got!r:.60}"
-                )
+            for task in tasks:
+                if task in (entry.model_extra or {}) and not entry.label(task):
+                    got = (entry.model_extra or {})[task]
+                    problems.found.append(
+                        f"{split}:{video}:{task} a label must be a text that is not empty; got {got!r:.60}"
+                    )
     problems.raise_any()
     known = sorted({name for part in entries.values() for entry in part.values() for name in entry.tasks()})
-    if task not in known:
-        near = get_close_matches(task, known, n=3) or known
-        message = f"no video has a label for task {task!r}. Give:  --set data.task={' | '.join(near) or 'NAME'}"
-        raise AnnotationError(where, [message])
+    for task in tasks:
+        if task not in known:
+            near = get_close_matches(task, known, n=3) or known
+            message = f"no video has a label for task {task!r}. Give:  --set data.task={' | '.join(near) or 'NAME'}"
+            raise AnnotationError(where, [message])
 
 
-def with_task(entries: LvuEntries, task: str) -> dict[str, dict[str, LvuEntry]]:
-    """Only the videos that have a label for ``task``."""
-    return {split: {v: e for v, e in part.items() if e.label(task)} for split, part in entries.items()}
+def with_task(entries: LvuEntries, tasks: Sequence[str]) -> dict[str, dict[str, LvuEntry]]:
+    """Only the videos that have a label for one of the tasks."""
+    return {
+        split: {video: entry for video, entry in part.items() if any(entry.label(task) for task in tasks)}
+        for split, part in entries.items()
+    }
 
 
 def lvu_samples(entries: Mapping[str, LvuEntry], cfg: DataConfig) -> list[Sample]:
-    """Every window of every video with a label for ``cfg.task``."""
-    prompt = lvu_prompt(cfg.task, cfg.prompt_style)
+    """Every window of every video with a label for ``cfg.task``; of several tasks, one after another.
+
+    With several tasks an id ends in its task, since a window is then asked more than once.
+    """
+    tasks = tasks_of(cfg)
+    return [sample for task in tasks for sample in _windows(entries, cfg, task, f"#{task}" if len(tasks) > 1 else "")]
+
+
+def _windows(entries: Mapping[str, LvuEntry], cfg: DataConfig, task: str, mark: str) -> list[Sample]:
+    prompt = lvu_prompt(task, cfg.prompt_style)
     samples = []
     for video, entry in entries.items():
-        if (label := entry.label(cfg.task)) is None:
+        if (label := entry.label(task)) is None:
             continue
         count = grid_count(entry.num_frames, cfg.fps)
         for start in window_starts(entry.duration, history_s=cfg.history_s, stride_s=cfg.stride_s):
@@ -126,7 +149,7 @@ def lvu_samples(entries: Mapping[str, LvuEntry], cfg: DataConfig) -> list[Sample
                 history_s=cfg.history_s,
                 length=cfg.num_frames,
             )
-            samples.append(Sample(f"{video}@{start}s", video, frames[None], prompt, label, cfg.task))
+            samples.append(Sample(f"{video}@{start}s{mark}", video, frames[None], prompt, label, task))
     return samples
 
 
@@ -137,7 +160,12 @@ def lvu_prompt(task: str, style: Literal["malmm", "paper"]) -> str:
     return f"What is the {PAPER_WORDS.get(task, task.replace('_', ' '))} of the movie?"
 
 
-def cross_task_videos(annotations: str) -> tuple[str, ...]:
-    """Videos that train one task and test another (204 in LVU): a student trained on several tasks has seen them."""
-    entries = read_lvu(annotations)
-    return tuple(sorted(entries.get("train", {}).keys() & entries.get("test", {}).keys()))
+def cross_task_videos(entries: LvuEntries, tasks: Sequence[str]) -> tuple[str, ...]:
+    """Videos that train one task and test another: a student trained on all of them has seen its test videos.
+
+    None for one task. All seven tasks of LVU: 204.
+    """
+    if len(tasks) < 2:
+        return ()
+    chosen = with_task(entries, tasks)
+    return tuple(sorted(chosen.get("train", {}).keys() & chosen.get("test", {}).keys()))

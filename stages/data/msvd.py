@@ -40,6 +40,7 @@ class MsvdQaDataset:
     """
 
     answer_rule: ClassVar[Literal["first_word"]] = "first_word"
+    leaks: ClassVar[tuple[str, ...]] = ()  # one task
 
     def __init__(self, cfg: DataConfig) -> None:
         self.cfg = cfg

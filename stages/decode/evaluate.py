@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,17 @@ from stages.decode.metrics import Match, Prediction, Report, score
 from stages.types import Decoder, Sample
 
 
+@dataclass(frozen=True)
+class ClosedSets:
+    """The label set of every group (LVU task, question type), and what to ask beside the free answer (D51).
+
+    ``rank``: log-likelihood of every label. ``constrained``: a search that can give labels only.
+    """
+
+    labels: Mapping[str, Sequence[str]]
+    ways: Sequence[str]
+
+
 def evaluate(
     student_fn: Callable[[Batch], Float[Tensor, "B Q V"]],
     decoder: Decoder,
@@ -28,6 +40,7 @@ def evaluate(
     write: Path,
     log: Callable[[int], None] = lambda _done: None,
     run: str = "",
+    closed: ClosedSets | None = None,
 ) -> list[Prediction]:
     """Answer every sample and append the answers to ``write``.
 
@@ -41,6 +54,7 @@ def evaluate(
         write: the predictions file.
         log: told the number of samples done so far, after every batch.
         run: names the checkpoint and every setting that changes an answer, for example a digest of both.
+        closed: label sets to rank or to decode in, beside the free answer.
 
     Returns:
         One prediction per sample, in the order of ``batches``.
@@ -60,7 +74,7 @@ def evaluate(
                 seen.add(sample.sample_id)
             open_rows = [row for row, sample in enumerate(batch.samples) if sample.sample_id not in done]
             if open_rows:
-                for prediction in _answer(student_fn, decoder, batch, open_rows, run):
+                for prediction in _answer(student_fn, decoder, batch, open_rows, run, closed):
                     done[prediction.sample_id] = prediction
                     file.write(line_of(prediction))
                 file.flush()
@@ -115,7 +129,12 @@ def rescore(path: Path, match: Match, *, train_majority: str | None = None) -> R
 
 
 def _answer(
-    student_fn: Callable[[Batch], Tensor], decoder: Decoder, batch: Batch, rows: list[int], run: str
+    student_fn: Callable[[Batch], Tensor],
+    decoder: Decoder,
+    batch: Batch,
+    rows: list[int],
+    run: str,
+    closed: ClosedSets | None,
 ) -> list[Prediction]:
     with torch.no_grad():
         prefix = student_fn(batch)[rows]
@@ -124,10 +143,33 @@ def _answer(
     if broken:
         raise ValueError(f"the student's prefix is not finite for samples {broken[:5]}; the checkpoint has diverged")
     answers = decoder.generate(prefix, [sample.prompt for sample in samples])
-    return [
+    predictions = [
         Prediction(s.sample_id, s.video_id, s.group, s.prompt, s.answer, tuple(beams), run)
         for s, beams in zip(samples, answers, strict=True)
     ]
+    return predictions if closed is None else _among_labels(decoder, prefix, predictions, closed)
+
+
+def _among_labels(
+    decoder: Any, prefix: Float[Tensor, "B N V"], predictions: list[Prediction], closed: ClosedSets
+) -> list[Prediction]:
+    """The same predictions with ``ranked`` and ``scores``, ``constrained``, or both.
+
+    ``decoder`` also has ``score_answers(prefix, prompts, labels) -> [B, n]`` and ``generate(…, allowed=labels)``.
+    """
+    result = list(predictions)
+    for group in dict.fromkeys(p.group for p in predictions):
+        rows, labels = [i for i, p in enumerate(predictions) if p.group == group], list(closed.labels[group])
+        prompts = [predictions[i].prompt for i in rows]
+        if "rank" in closed.ways:
+            for i, scores in zip(rows, decoder.score_answers(prefix[rows], prompts, labels).tolist(), strict=True):
+                order = sorted(range(len(labels)), key=lambda n: (-scores[n], labels[n]))
+                ranked, values = tuple(labels[n] for n in order), tuple(float(scores[n]) for n in order)
+                result[i] = replace(result[i], ranked=ranked, scores=values)
+        if "constrained" in closed.ways:
+            for i, beams in zip(rows, decoder.generate(prefix[rows], prompts, allowed=labels), strict=True):
+                result[i] = replace(result[i], constrained=tuple(beams))
+    return result
 
 
 def _checked(prediction: Prediction, sample: Sample, path: Path) -> Prediction:

@@ -114,7 +114,7 @@ def _captions(chosen: list[VideoSpec], draw: random.Random) -> tuple[Int[Tensor,
 
 
 def _said(spec: VideoSpec, draw: random.Random) -> list[str]:
-    """What one caption says. An actor is often named by its shape alone: colours are seen first, and would be enough."""
+    """What one caption says. An actor is often named by its shape alone: colours are seen first and would be enough."""
     scene = spec.scene
     kept = []
     for actor in spec.actors:

@@ -21,7 +21,7 @@ from typing import Any
 from stages.miniature import FOLDER
 from stages.miniature.assets import clip_config, files
 
-STEPS = {"llm": 2400, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1000}
+STEPS = {"llm": 2000, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1000}
 RECIPE = FOLDER / "recipe.json"
 SOURCES = {  # modules that decide a model's weights
     "llm": ("train_llm", "world"),
@@ -37,6 +37,13 @@ WEIGHTS = {
     "llm": "llm/model.safetensors",
     "qformer": "qformer/model.safetensors",
 }
+CONFIGS = {
+    "llm": "llm/",
+    "clip": "clip/",
+    "vae": "dit/vae/",
+    "dit": "dit/transformer/",
+    "qformer": "qformer_tokenizer/",
+}
 MADE_FROM = {"dit": ("vae",), "qformer": ("llm", "clip")}
 LANES = (("llm", "clip", "qformer"), ("vae", "dit"))
 Log = Callable[[str], None]
@@ -47,7 +54,7 @@ def digest(name: str) -> str:
     facts = {
         "code": {source: _code(FOLDER / f"{source}.py") for source in SOURCES[name]},
         "steps": STEPS[name],
-        "configs": files(),
+        "configs": {path: text for path, text in files().items() if path.startswith(CONFIGS[name])},
         "from": [digest(other) for other in MADE_FROM.get(name, ())],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -22,11 +22,13 @@ from stages.miniature.pictures import FIRST_HIDDEN_SEED
 from stages.miniature.world import VideoSpec, fine_questions, labels, questions, specs, statements
 
 Asked = tuple[str, str, str, str]  # the fact it rests on, its type, prompt, answer
-BINDING = ("who", "glow")
+BINDING = ("who", "colors", "glow")
 QUESTION_FACTS = {  # a question rests on the fact that its words name
-    "color": "who",
+    "color": "colors",
     "shape of": "who",
+    "one?": "colors",
     "who is with": "who",
+    "tint": "director",
     "where are": "scene",
     "weather": "genre",
     "when does it": "daytime",
@@ -52,7 +54,7 @@ def asked(spec: VideoSpec, draw: random.Random) -> list[Asked]:
 def described(spec: VideoSpec, draw: random.Random, *, keep: float) -> tuple[str, set[str]]:
     """A description in random order with each fact kept at random, and the facts in it.
 
-    The facts that tie two things together (which colour has which shape) are kept more often: they are hardest to learn.
+    The facts that tie two things together (which colour has which shape) are kept more often: the hardest to learn.
     """
     kept = [
         (fact, words)

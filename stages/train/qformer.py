@@ -112,10 +112,14 @@ class QFormerLayer(nn.Module):
         queries, text = attended[:, :num_queries], attended[:, num_queries:]
         if self.crossattention is not None:
             queries = self.crossattention(queries, visual_source, None)
+        return self.feed_forward(queries, text)
+
+    def feed_forward(self, queries: Float[Tensor, "*S E"], text: Float[Tensor, "*Z E"]) -> Float[Tensor, "*N E"]:
+        """Queries and text through networks of their own, then together again."""
         queries = self.output_query(self.intermediate_query(queries), queries)
-        if text.shape[1] == 0:
-            return queries  # type: ignore[no-any-return]
-        return torch.cat([queries, self.output(self.intermediate(text), text)], dim=1)
+        if text.shape[-2] == 0:
+            return queries
+        return torch.cat([queries, self.output(self.intermediate(text), text)], dim=-2)
 
 
 class Embeddings(nn.Module):
@@ -129,12 +133,17 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Float[Tensor, "B Q E"], text_ids: Int[Tensor, "B L"] | None) -> Float[Tensor, "B N E"]:
+        out: Tensor = self.dropout(self.normed(queries, text_ids))
+        return out
+
+    def normed(self, queries: Float[Tensor, "B Q E"], text_ids: Int[Tensor, "B L"] | None) -> Float[Tensor, "B N E"]:
+        """What every frame starts from, before dropout."""
         states = queries
         if text_ids is not None:
             positions = torch.arange(text_ids.shape[1], device=text_ids.device)
             text = self.word_embeddings(text_ids) + self.position_embeddings(positions)[None]
             states = torch.cat([queries, text], dim=1)
-        out: Tensor = self.dropout(self.layernorm(states))
+        out: Tensor = self.layernorm(states)
         return out
 
 
@@ -175,6 +184,14 @@ class QFormer(nn.Module):
         layers = self.encoder["layer"]
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    def embed_over_time(
+        self, query_tokens: Float[Tensor, "B Q E"], text_ids: Int[Tensor, "B L"] | None, num_frames: int
+    ) -> Float[Tensor, "T B N E"]:
+        """The embedding output at every step: the same numbers, under dropout of their own."""
+        states = self.embeddings.normed(query_tokens, text_ids)
+        out: Tensor = self.embeddings.dropout(states.expand(num_frames, -1, -1, -1))
+        return out
 
     def empty_banks(self, max_len: int) -> tuple[MemoryBank, ...]:
         """One query bank per layer: it holds the detached input of that layer's self-attention, text included."""

@@ -1,7 +1,7 @@
 """The trainable student: ln_vision, PE(t), Q-Former with memory banks, llm_proj (§3.1; MA-LMM).
 
-``forward`` is the sequential evaluation, one frame after another, as the paper describes it. It is the reference that
-any faster evaluation is held to.
+Two evaluations give equal results (``student.evaluation``, D38): ``reference`` runs one frame after another, as the paper
+describes it, and ``parallel`` runs layer by layer over all frames.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stages import weights
 from stages.config import StudentConfig
+from stages.train import parallel
 from stages.train.memory import MemoryBank
 from stages.train.qformer import QFormer, init_like_bert
 from stages.types import StudentOutput
@@ -88,6 +89,13 @@ class Student(nn.Module):
         out: Tensor = self.ln_vision(tokens) + self.image_pe.weight[t]
         return out
 
+    def check(self, num_frames: int, levels: Sequence[int]) -> None:
+        """Raise ValueError for more frames than PE has rows, or a level that does not exist."""
+        if num_frames > self.cfg.max_frames:
+            raise ValueError(f"{num_frames} frames, but student.max_frames is {self.cfg.max_frames}; raise it")
+        if any(u > self.cfg.num_layers + 1 for u in levels):
+            raise ValueError(f"align.levels {tuple(levels)}: this student has levels 1 to {self.cfg.num_layers + 1}")
+
     def forward(
         self,
         f: Float[Tensor, "B T P C"],
@@ -110,16 +118,45 @@ class Student(nn.Module):
         """
         num_frames = f.shape[1]
         levels = tuple(levels)
-        if num_frames > self.cfg.max_frames:
-            raise ValueError(f"{num_frames} frames, but student.max_frames is {self.cfg.max_frames}; raise it")
-        if any(u > self.cfg.num_layers + 1 for u in levels):
-            raise ValueError(f"align.levels {levels}: this student has levels 1 to {self.cfg.num_layers + 1}")
+        self.check(num_frames, levels)
         first_wanted = num_frames - num_aligned_frames(frames, num_frames)
         text_ids, text_keep = self.tokenize(prompts)
+        evaluate = self._parallel if self.cfg.evaluation == "parallel" else self._sequential
+        last, hidden = evaluate(f, text_ids, text_keep, levels, first_wanted)
+        return StudentOutput(self.llm_proj(last), hidden)
+
+    def _parallel(
+        self,
+        f: Float[Tensor, "B T P C"],
+        text_ids: Int[Tensor, "B L"],
+        text_keep: Bool[Tensor, "B L"],
+        levels: Sequence[int],
+        first_wanted: int,
+    ) -> tuple[Float[Tensor, "B Q E"], dict[int, Float[Tensor, "B F Q E"]]]:
+        """All frames at once. Query states of the last level at the last frame, and those that are wanted."""
+        f = f.transpose(0, 1).to(device=self.query_tokens.device, dtype=self.ln_vision.weight.dtype)
+        frames = self.ln_vision(f) + self.image_pe.weight[: len(f), None, None]  # [T, B, P, C]
+        queries = self.query_tokens.expand(len(text_ids), -1, -1)
+        hidden = parallel.hidden_states(
+            self.qformer, frames, queries, text_ids, text_keep, max_len=self.cfg.memory_len
+        )
+        return hidden[-1][-1], {u: hidden[u - 1][first_wanted:].transpose(0, 1) for u in levels}
+
+    def _sequential(
+        self,
+        f: Float[Tensor, "B T P C"],
+        text_ids: Int[Tensor, "B L"],
+        text_keep: Bool[Tensor, "B L"],
+        levels: Sequence[int],
+        first_wanted: int,
+    ) -> tuple[Float[Tensor, "B Q E"], dict[int, Float[Tensor, "B F Q E"]]]:
+        """One frame after another. Frames before the first wanted one are run without a graph: the banks are detached,
+        so nothing could flow back from them.
+        """
         queries = self.query_tokens.expand(len(f), -1, -1)
         visual, banks = MemoryBank.empty(self.cfg.memory_len), self.qformer.empty_banks(self.cfg.memory_len)
         kept: dict[int, list[Tensor]] = {u: [] for u in levels}
-        for t in range(num_frames):
+        for t in range(f.shape[1]):
             with torch.set_grad_enabled(torch.is_grad_enabled() and t >= first_wanted):
                 f_t = self.frame_features(f[:, t], t)
                 hidden, banks = self.qformer.step(queries, text_ids, text_keep, visual.followed_by(f_t), banks)
@@ -127,8 +164,8 @@ class Student(nn.Module):
             if t >= first_wanted:
                 for u in levels:
                     kept[u].append(hidden[u - 1][:, : self.cfg.num_queries])
-        prefix = self.llm_proj(hidden[-1][:, : self.cfg.num_queries])
-        return StudentOutput(prefix, {u: torch.stack(states, dim=1) for u, states in kept.items()})
+        last = hidden[-1][:, : self.cfg.num_queries]
+        return last, {u: torch.stack(states, dim=1) for u, states in kept.items()}
 
 
 def load_tokenizer(cfg: StudentConfig) -> Any:
@@ -144,14 +181,16 @@ def load_tokenizer(cfg: StudentConfig) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def build(cfg: StudentConfig, *, clip_width: int, llm_width: int) -> Student:
+def build(cfg: StudentConfig, *, clip_width: int, llm_width: int, kind: type[Student] = Student) -> Student:
     """A student with seeded weights, or with those of an InstructBLIP checkpoint (D19).
+
+    ``kind`` is the class to make: all have the same parameters and start from the same values.
 
     Raises:
         ValueError: settings that do not fit together.
         stages.weights.WeightsMissing: the checkpoint is not here; names the command that fetches it.
     """
-    student = Student(cfg, load_tokenizer(cfg), clip_width=clip_width, llm_width=llm_width)
+    student = kind(cfg, load_tokenizer(cfg), clip_width=clip_width, llm_width=llm_width)
     seed = weights.parse_seed(cfg.init)
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
     init_like_bert(student.qformer, generator, cfg.hidden_size)

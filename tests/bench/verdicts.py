@@ -1,12 +1,12 @@
 """Does the diffusion teacher help here? Paired runs on the miniature: ``python -m tests.bench.verdicts --help``.
 
-Every run is one line of ``OUT/runs.jsonl``: arm, seed, accuracy on val and (unless ``--tune``) on test, right or wrong per
-test sample, and R² of the pair's place from the student's own hidden states. Runs that are there are not run again, so a
-long series can be stopped at any time. ``--table`` prints the arms beside the first one: difference in accuracy with a
-video-clustered test over paired seeds.
+Every run is one line of ``OUT/runs.jsonl``: arm, seed, accuracy on val and (unless ``--tune``) on test, right or wrong
+per test sample, and R² of the pair's place from the student's own hidden states. Runs that are there are not run again,
+so a long series can be stopped at any time. ``--table`` prints every arm beside the first one: the difference in
+accuracy over paired seeds, with a video-clustered interval and test.
 
-An arm is a name of ``ARMS`` and any number of ``key=value`` settings: ``kd train.lr=2e-3``. Settings are chosen on val with
-seeds that no comparison uses (``--tune``, 100 and up).
+An arm is a name of ``ARMS`` and any number of settings: ``kd1:train.lr=2e-3``. Settings are chosen on val with seeds
+that no comparison uses (``--tune``, 100 and up).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pipeline.compose import build_trainer, load_dataset, open_stores
 from stages.config import PipelineConfig
 from stages.data.samples import Batch, CachedSamples, few
 from stages.decode.metrics import is_correct
+from stages.decode.statistics import paired
 from stages.train.loop import Trainer, make_schedule
 from stages.train.probes import ridge_r2
 from tests.bench.bench_layout import where
@@ -75,6 +76,7 @@ class Remembered(CachedSamples):
         self._f, self._y = whole.f, whole.y_star
 
     def batch(self, positions: Sequence[int], draws: Sequence[int] | None = None) -> Batch:
+        assert draws is None or all(len(self.samples[i].draws) == 1 for i in positions), "windows have one choice"
         rows = list(positions)
         chosen = tuple(self.samples[i] for i in rows)
         return Batch(chosen, self._f[rows], None if self._y is None else self._y[rows])
@@ -227,10 +229,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("cache/miniature/features"))
     parser.add_argument("--out", type=Path, default=Path("runs/verdicts"))
     parser.add_argument("--tune", action="store_true", help="score on val only")
+    parser.add_argument("--table", action="store_true", help="run nothing; the arms beside the first one, as Markdown")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / "runs.jsonl"
+    if asked.table:
+        print(table(runs(path), asked.arms, asked.sets))
+        return
     first, _, last = asked.seeds.partition("-")
     lab = Lab(asked.cache, tuple(asked.sets))
     for seed in range(int(first), int(last or first) + 1):
@@ -244,6 +250,41 @@ def main() -> None:
                 file.write(json.dumps(result) + "\n")
             shown = {k: v for k, v in result.items() if k not in ("right", "sets")}
             print(json.dumps(shown), flush=True)
+
+
+def table(done: Sequence[Mapping[str, Any]], arms: Sequence[str], sets: Sequence[str]) -> str:
+    """Markdown: accuracy per arm, and its difference to the first arm over the seeds that both have."""
+    config = overrides.apply(presets.miniature(), list(sets))
+    videos = [sample.video_id for sample in load_dataset(config).samples("test")]
+    found: dict[str, dict[int, Mapping[str, Any]]] = {arm: {} for arm in arms}
+    for run in done:
+        if run["arm"] in found and run["sets"] == list(sets) and not run["tune"]:
+            found[run["arm"]][run["seed"]] = run
+    lines = [
+        "| arm | seeds | test top-1 (sd over seeds) | difference (95 %, videos and seeds) | p videos | p seeds "
+        "| R² of place, level 8 / 13 | train |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, by_seed in found.items():
+        seeds = sorted(set(by_seed) & set(found[arms[0]]))
+        if not seeds:
+            continue
+        ours, first = (
+            np.array([list(map(int, runs_of[s]["right"])) for s in seeds]) for runs_of in (by_seed, found[arms[0]])
+        )
+        share = 100 * ours.mean(axis=1)
+        cells = [arm, str(len(seeds)), f"{share.mean():.1f} ({share.std(ddof=1) if len(seeds) > 1 else 0:.1f})"]
+        if arm == arms[0]:
+            cells += ["", "", ""]
+        else:
+            pair = paired(first, ours, videos, same_seeds=True)
+            low, high = pair.both or (pair.interval.low, pair.interval.high) if pair.interval else (0.0, 0.0)
+            cells += [f"{100 * pair.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", f"{pair.p:.3g}"]
+            cells.append("" if pair.seed_p is None else f"{pair.seed_p:.3g}")
+        r2 = [np.mean([by_seed[s]["r2_place"][level] for s in seeds]) for level in ("level8", "level13")]
+        cells += [f"{r2[0]:.2f} / {r2[1]:.2f}", f"{100 * np.mean([by_seed[s]['train'] for s in seeds]):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def runs(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 
 from stages.config import DataConfig
 from stages.data.annotations import AnnotationError
-from stages.data.lvu import PUBLISHED_TEST_WINDOWS, LvuDataset, cross_task_videos, lvu_prompt
+from stages.data.lvu import PUBLISHED_TEST_WINDOWS, LvuDataset, lvu_prompt
 from stages.data.manifest import estimate, majority_answer
 
 # algorithm.md §2: videos and windows in train/val/test, accuracy of the majority class of train on test
@@ -73,7 +73,11 @@ def test_no_video_is_in_train_and_test_of_one_task_but_204_cross_tasks(
     real: dict[str, LvuDataset], shared_data: Path
 ) -> None:
     assert all(dataset.warnings == () for dataset in real.values())
-    assert len(cross_task_videos(str(shared_data / "annotations" / "lvu"))) == 204
+    together = LvuDataset(
+        DataConfig(annotations=str(shared_data / "annotations" / "lvu"), task=",".join(PUBLISHED_TEST_WINDOWS))
+    )
+    assert len(together.leaks) == 204
+    assert together.published_n("test") == 3110 == len(together.samples("test"))
 
 
 def entry(subset: str = "train", **fields: Any) -> dict[str, Any]:
@@ -121,6 +125,22 @@ def test_a_video_in_train_and_test_of_a_task_gives_a_warning(tmp_path: Path) -> 
     folder = folder_with(tmp_path, train={"a": entry(), "b": entry()}, test={"b": entry("test")})
     (warning,) = LvuDataset(DataConfig(annotations=folder, task="director")).warnings
     assert warning == "1 videos are in both train and test: b"
+
+
+def test_several_tasks_ask_each_window_about_each(tmp_path: Path) -> None:
+    train = {"a": entry(scene="bar"), "b": entry(scene="bar"), "c": entry()}
+    del train["b"]["director"]
+    test = {"a": entry("test", scene="road"), "c": entry("test"), "d": entry("test")}
+    folder = folder_with(tmp_path, train=train, test=test)
+    both = LvuDataset(DataConfig(annotations=folder, task="director, scene"))
+    alone = {name: LvuDataset(DataConfig(annotations=folder, task=name)) for name in ("director", "scene")}
+    assert [(s.sample_id, s.prompt, s.answer) for s in both.samples("train")] == [
+        (f"{s.sample_id}#{name}", s.prompt, s.answer) for name, part in alone.items() for s in part.samples("train")
+    ]
+    assert both.leaks == ("a", "c")
+    assert all(part.leaks == () for part in alone.values())
+    with pytest.raises(AnnotationError, match="'scenes'"):
+        LvuDataset(DataConfig(annotations=folder, task="director,scenes"))
 
 
 def test_the_paper_style_uses_the_words_of_the_paper() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.data.samples import Batch
 from stages.decode import llm
-from stages.decode.evaluate import evaluate, read_predictions, rescore, resume
+from stages.decode.evaluate import ClosedSets, evaluate, read_predictions, rescore, resume
 from stages.decode.metrics import score
 from stages.types import Sample
 from tests.decode.conftest import WIDTH
@@ -226,3 +226,51 @@ def test_a_sample_answered_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(2 * (json.dumps(good) + "\n"))
     with pytest.raises(ValueError, match="line 2 answers 's0' a second time"):
         rescore(tmp_path / "p.jsonl", "exact")
+
+
+class Chooser:
+    """A decoder that says one thing freely, and knows how likely each label is."""
+
+    width = WIDTH
+    likely: ClassVar = {"friend": -2.0, "wife": -0.5, "bar": -1.0, "road": -1.0}
+
+    def loss_sum(self, *_: Any) -> Any:
+        raise AssertionError
+
+    loss_per_sample = count_answer_tokens = unreachable = loss_sum
+
+    def generate(self, prefix: Tensor, prompts: Sequence[str], *, allowed: Sequence[str] = ()) -> list[list[str]]:
+        assert len(prefix) == len(prompts)
+        return [list(reversed(allowed)) or ["a friend"] for _ in prompts]
+
+    def score_answers(self, prefix: Tensor, prompts: Sequence[str], candidates: Sequence[str]) -> Tensor:
+        assert len(prefix) == len(prompts)
+        return torch.tensor([[self.likely[c] for c in candidates]]).repeat(len(prompts), 1)
+
+
+def test_label_sets_are_ranked_and_decoded_per_group_beside_the_free_answer(tmp_path: Path) -> None:
+    other = Sample("t", "v9", np.array([[0, 1]]), "where?", "bar", "scene")
+    batches = [batch(sample(0), other, sample(1, "wife"))]
+    labels = {"task": ["friend", "wife"], "scene": ["bar", "road"]}
+    path = tmp_path / "both.jsonl"
+    both = ClosedSets(labels, ("rank", "constrained"))
+    predictions = evaluate(Student(), Chooser(), batches, write=path, closed=both)
+    assert [p.beams for p in predictions] == [("a friend",)] * 3
+    assert [p.ranked for p in predictions] == [("wife", "friend"), ("bar", "road"), ("wife", "friend")]
+    assert [p.scores for p in predictions] == [(-0.5, -2.0), (-1.0, -1.0), (-0.5, -2.0)]
+    assert [p.constrained[0] for p in predictions] == ["wife", "road", "wife"]
+    assert read_predictions(path) == predictions
+    report = score(predictions, "exact")
+    assert (report.overall.correct, report.closed["ranked"].correct, report.closed["constrained"].correct) == (0, 2, 1)
+    ranked = evaluate(Student(), Chooser(), batches, write=tmp_path / "r", closed=ClosedSets(labels, ("rank",)))
+    assert [p.constrained for p in ranked] == [()] * 3
+
+
+def test_scores_that_do_not_belong_to_labels_are_refused(tmp_path: Path) -> None:
+    good = {"sample_id": "s", "video_id": "v", "group": "g", "prompt": "p", "answer": "a", "beams": ["a"], "run": ""}
+    for wrong in ({"scores": [0.5]}, {"ranked": ["a"], "scores": ["b"]}, {"constrained": "a"}, {"ranked": [1]}):
+        (tmp_path / "p").write_text(json.dumps(good | wrong) + "\n")
+        with pytest.raises(ValueError, match="line 1 is not a prediction"):
+            read_predictions(tmp_path / "p")
+    (tmp_path / "p").write_text(json.dumps(good) + "\n")
+    assert read_predictions(tmp_path / "p")[0].ranked == ()

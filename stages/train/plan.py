@@ -1,0 +1,141 @@
+"""Which bank entries merge, decided for all time steps before anything is attended to.
+
+A bank entry is the mean of a run of frames, so the cosine of two entries follows from inner products of frames alone:
+with S the sum of the Gram matrix over a block, cos = S_ab / sqrt(S_aa · S_bb). Blocks come from two-dimensional prefix
+sums, and after a merge only three cosines change. The decisions are those of ``memory.MemoryBank`` (same tie rule, D26).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stages.train.memory import TIE_DECIMALS
+
+COSINE_EPS = 1e-8  # as in F.cosine_similarity, which the reference bank uses
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The merges of T frames into at most K entries, per token index n and sample b.
+
+    A buffer of K + 1 slots holds the bank and the current frame. Frame t <= K is written to slot t. After step K + j
+    merge j replaces the entry in ``kept_slot`` by its mean with the entry in ``freed_slot``, and frame K + 1 + j is
+    written to the freed slot. Attention does not depend on the order of the slots. The last frame merges nothing.
+
+    Rows name entries over time: row t is frame t alone, row T + j is the result of merge j.
+    """
+
+    num_frames: int
+    max_len: int
+    position: Int[Tensor, "J B N"]  # index of the pair's first entry among the K + 1 entries in order of time
+    kept_slot: Int[Tensor, "J B N"]
+    freed_slot: Int[Tensor, "J B N"]
+    kept_row: Int[Tensor, "J B N"]
+    freed_row: Int[Tensor, "J B N"]
+    last_row: Int[Tensor, "R B N"]  # row in each slot after the last frame was written
+    weight: Float[Tensor, "J B N"]  # share of the kept entry in the mean: its number of frames over both
+
+    @property
+    def num_merges(self) -> int:
+        """J."""
+        return len(self.position)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that are ever used: K + 1, or T where there are fewer frames."""
+        return min(self.num_frames, self.max_len + 1)
+
+    def slots_at(self, t: int) -> int:
+        """Slots in use at step t, the current frame included."""
+        return min(t + 1, self.max_len + 1)
+
+    def starts(self, t: int) -> Int[Tensor, "k B N"]:
+        """First frame of every bank entry that step t reads, in order of time; an entry ends where the next starts.
+
+        This is the merge timeline: at step t the entries are [starts[i], starts[i + 1]), the last one ending at t.
+        """
+        shape = self.position.shape[1:]
+        order = torch.arange(min(t, self.max_len), device=self.position.device)[:, None, None]
+        starts = order.expand(-1, *shape).contiguous()
+        for j in range(max(0, t - self.max_len)):
+            # At the time of merge j the entries are K + 1: those of ``starts`` and frame K + j.
+            longer = F.pad(starts, (0, 0, 0, 0, 0, 1), value=self.max_len + j)
+            source = order + (order > self.position[j]).long()
+            starts = longer.gather(0, source)
+        return starts
+
+
+def merge_plan(x: Float[Tensor, "T B N C"], max_len: int) -> MergePlan:
+    """Decide every merge of the banks that T frames fill.
+
+    The Gram matrix is float32 (float64 for float64 input) and its prefix sums are float64, autocast or not: a block sum
+    is a difference of large numbers.
+
+    Args:
+        x: what the bank will hold, time first; only values are read.
+        max_len: K.
+    """
+    num_frames, batch, num_tokens, _ = x.shape
+    num_merges = max(0, num_frames - 1 - max_len)
+    if num_merges == 0:
+        none = torch.empty(0, batch, num_tokens, dtype=torch.long, device=x.device)
+        last_row = torch.arange(num_frames, device=x.device)[:, None, None].expand(-1, batch, num_tokens)
+        return MergePlan(num_frames, max_len, none, none, none, none, none, last_row, none.double())
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        columns = x.detach().flatten(1, 2).transpose(0, 1)  # [B·N, T, C]
+        columns = columns if columns.dtype == torch.float64 else columns.float()
+        gram = torch.bmm(columns, columns.mT)
+        prefix = F.pad(gram.double().cumsum_(1).cumsum_(2), (1, 0, 1, 0)).flatten(1)  # [B·N, (T + 1)²]
+        fields = _scan(prefix, num_frames, max_len)
+    return MergePlan(num_frames, max_len, *(field.view(-1, batch, num_tokens) for field in fields))
+
+
+def _scan(prefix: Float[Tensor, "S Z"], num_frames: int, max_len: int) -> list[Tensor]:
+    """The fields of MergePlan, [J, S] each, from the prefix sums of S columns."""
+    side, device = num_frames + 1, prefix.device
+    order = torch.arange(max_len + 1, device=device)
+    columns = len(prefix)
+    # The K + 1 entries in order of time: entry i covers frames [bounds[i], bounds[i + 1]).
+    bounds = torch.arange(max_len + 2, device=device).repeat(columns, 1)
+    slots = order.repeat(columns, 1)
+    rows = slots.clone()
+
+    def cosine(first: Int[Tensor, "S z"]) -> Float[Tensor, "S z"]:
+        """Rounded cosine of entries ``first`` and ``first + 1``."""
+        b0, b1, b2 = (bounds.gather(1, first + i) for i in range(3))
+        corners = torch.stack([b0 * side + b0, b0 * side + b1, b0 * side + b2, b1 * side + b1, b1 * side + b2, b2 * side + b2])
+        p00, p01, p02, p11, p12, p22 = prefix.gather(1, corners.transpose(0, 1).flatten(1)).view(columns, 6, -1).unbind(1)
+        left, right = (b1 - b0).double(), (b2 - b1).double()
+        across = (p12 - p02 - p11 + p01) / (left * right)
+        norms = [
+            ((p11 - 2 * p01 + p00).clamp_min(0).sqrt() / left).clamp_min(COSINE_EPS),
+            ((p22 - 2 * p12 + p11).clamp_min(0).sqrt() / right).clamp_min(COSINE_EPS),
+        ]
+        return (across / (norms[0] * norms[1])).round(decimals=TIE_DECIMALS)
+
+    cosines = cosine(order[:-1].expand(columns, -1))  # [S, K]
+    record: list[list[Tensor]] = []
+    for j in range(num_frames - 1 - max_len):
+        i = cosines.argmax(1, keepdim=True)  # the first of equals
+        b0, b1, b2 = (bounds.gather(1, i + d) for d in range(3))
+        kept_slot, freed_slot = slots.gather(1, i), slots.gather(1, i + 1)
+        kept_row, freed_row = rows.gather(1, i), rows.gather(1, i + 1)
+        record.append([i, kept_slot, freed_slot, kept_row, freed_row, (b1 - b0).double() / (b2 - b0).double()])
+        # Entry i now reaches to b2, entry i + 1 is gone, the later ones move up, and the next frame comes last.
+        source = order + (order > i)  # [S, K + 1]
+        frame = torch.full_like(i, max_len + 1 + j)
+        bounds = torch.cat([bounds.gather(1, source), frame + 1], 1)
+        source = source[:, :-1]
+        slots = torch.cat([slots.gather(1, source), freed_slot], 1)
+        rows = torch.cat([rows.scatter(1, i, num_frames + j).gather(1, source), frame], 1)
+        cosines = torch.cat([cosines, cosines[:, -1:]], 1).gather(1, source)
+        changed = torch.cat([(i - 1).clamp_min(0), i.clamp_max(max_len - 1), torch.full_like(i, max_len - 1)], 1)
+        cosines = cosines.scatter(1, changed, cosine(changed))
+    last_row = torch.empty_like(rows).scatter_(1, slots, rows).mT.contiguous()  # [K + 1, S]
+    *merges, weight = (torch.stack(field).squeeze(-1) for field in zip(*record, strict=True))
+    return [*merges, last_row, weight]
