@@ -307,7 +307,7 @@ def diagnose(
 
 @app.command(epilog="Example:  pipeline report runs/ablation --out ablation.html")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders, or folders of run folders.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of run folders.")],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="The page. [default: report.html in the first RUN]")
     ] = None,

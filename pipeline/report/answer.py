@@ -86,7 +86,7 @@ def result_of(study: Study) -> Result:
         if common and all(len(part) == len(common) for part in answers):
             scores[variant.key] = _score(answers, _hits(answers, study.match), study.match)
     scored = [v for v in study.variants if v.key in scores]
-    reference = reference_of(study, scored)
+    reference = reference_of(scored)
     contrasts: list[Contrast] = []
     if reference is not None:
         videos = [everything[0][key].video_id for key in common]
@@ -99,7 +99,7 @@ def result_of(study: Study) -> Result:
     return Result(study, tuple(common), len(seen) - len(common), scores, majority, reference, tuple(contrasts))
 
 
-def reference_of(study: Study, scored: Sequence[Variant]) -> Variant | None:
+def reference_of(scored: Sequence[Variant]) -> Variant | None:
     """What the others are compared with: no alignment, else the paper's choice, else the first. None for one alone."""
     if len(scored) < 2:
         return None
@@ -251,8 +251,9 @@ def percent(share: float | None) -> str:
 
 
 def signed(share: float) -> str:
-    """Points with a sign, a true minus."""
-    return f"{100 * share:+.1f}".replace("-", "−")
+    """Points with a sign, a true minus; nothing before 0.0."""
+    text = f"{100 * share:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def span(interval: Interval | None) -> str:

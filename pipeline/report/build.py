@@ -18,9 +18,10 @@ from pipeline.progress import OnProgress, clock, printable
 from pipeline.report import answer, figures, paper, videos
 from pipeline.report.answer import Headline, Result
 from pipeline.report.cost import Cost, cost_of
+from pipeline.report.figures import Picture
 from pipeline.report.insight import Insight, insight_of
 from pipeline.report.paper import Table
-from pipeline.report.read import Missing, Run, Study, Variant, read_studies
+from pipeline.report.read import Missing, Study, Variant, read_studies
 from pipeline.report.videos import VideoView
 from pipeline.results import size
 
@@ -36,8 +37,8 @@ class Chapter:
     study: Study
     result: Result
     headline: Headline
-    dots: Markup | None
-    sweep: Markup | None
+    dots: Picture | None
+    sweep: Picture | None
     insight: Insight
     videos: list[VideoView]
     cost: Cost
@@ -138,8 +139,8 @@ def _chapter(result: Result, number: int, shown: int) -> Chapter:
         study=study,
         result=result,
         headline=answer.headline(result),
-        dots=_dots(result),
-        sweep=_sweep(result),
+        dots=_dots(result, f"{prefix}-dots"),
+        sweep=_sweep(result, f"{prefix}-sweep"),
         insight=insight_of(study, prefix),
         videos=videos.views_of(result, shown, prefix),
         cost=cost_of(study, _distinct_frames(study)),
@@ -147,17 +148,17 @@ def _chapter(result: Result, number: int, shown: int) -> Chapter:
     )
 
 
-def _dots(result: Result) -> Markup | None:
+def _dots(result: Result, name: str) -> Picture | None:
     rows = []
     for variant in (*result.study.variants, *result.study.baselines):
         score = result.of(variant)
         if score is not None:
             interval = None if score.interval is None else (score.interval.low, score.interval.high)
             rows.append((variant.label, score.top1, interval, score.per_seed, variant.config is not None))
-    return figures.dots(rows, majority=result.majority) if rows else None
+    return figures.dots(rows, majority=result.majority, name=name) if rows else None
 
 
-def _sweep(result: Result) -> Markup | None:
+def _sweep(result: Result, name: str) -> Picture | None:
     """Only where λ alone was varied, over three values or more."""
     if result.study.differing != ["train.lambda_kd"]:
         return None
@@ -167,7 +168,7 @@ def _sweep(result: Result) -> Markup | None:
         if score is not None and variant.lambda_kd is not None:
             interval = None if score.interval is None else (score.interval.low, score.interval.high)
             points.append((variant.lambda_kd, score.top1, interval))
-    return figures.sweep(points, paper.FIGURE_3 | {0.0: 58.2}) if len(points) > 2 else None
+    return figures.sweep(points, paper.FIGURE_3 | {0.0: 58.2}, name=name) if len(points) > 2 else None
 
 
 def _paper_tables(studies: Sequence[Study], results: Sequence[Result]) -> list[Table]:
@@ -196,12 +197,3 @@ def _distinct_frames(study: Study) -> int | None:
         return sum(len(frames) for frames in dataset.wanted(["train"]).values())
     except (ValueError, OSError):
         return None
-
-
-def settings_table(study: Study) -> list[tuple[str, list[str]]]:
-    """Settings in which the students differ: key, then one value per variant."""
-    return [(key, [figures.clean(str(_value(v.runs[0], key))) for v in study.variants]) for key in study.differing]
-
-
-def _value(run: Run, key: str) -> object:
-    return run.settings.get(key, "–")

@@ -57,10 +57,11 @@ def cost_of(study: Study, distinct_frames: int | None) -> Cost:
         encoding_once=once,
         encoding_each_time=each,
         how=(
-            "Operations are counted by torch’s FlopCounterMode on the real modules (2 per multiply-add; matrix products, "
-            "convolutions and attention only): one training sample forward and back, one frame per encoder. With the "
-            "cache every distinct training frame is encoded once for all runs; without it, whenever a sample is trained "
-            "on. Teacher frames count for runs with λ > 0 only. Seconds are those of this machine, other work included."
+            "Operations are counted by torch’s FlopCounterMode on the real modules (2 per multiply-add; matrix "
+            "products, convolutions and attention only): one training sample forward and back, one frame per encoder. "
+            "With the cache every distinct training frame is encoded once for all runs; without it, whenever a sample "
+            "is trained on. Teacher frames count for runs with λ > 0 only. Seconds are those of the machine that "
+            "trained, other work on it included."
         ),
         features=tuple(sorted(features.items())),
         mixed=mixed,

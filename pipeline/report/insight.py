@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from pipeline.report import figures
+from pipeline.report.figures import Picture
 from pipeline.report.read import Study, Variant
 from stages.train.diagnostics import level_values, saturation
 
@@ -33,10 +32,10 @@ class VariantInsight:
 
     label: str
     alarm: str
-    picture: Markup | None  # cosine and weight over training
+    picture: Picture | None  # cosine and weight over training
     constant: float | None
     rows: tuple[LevelRow, ...]  # from diagnostics.json, mean over seeds
-    per_frame: Markup | None
+    per_frame: Picture | None
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,14 @@ class Insight:
 
     findings: tuple[str, ...]
     alarms: tuple[str, ...]
-    curves: Markup | None
+    curves: Picture | None
     variants: tuple[VariantInsight, ...]
     more: int  # aligned variants that are not drawn
-    similarity: Markup | None
+    similarity: Picture | None
     similarity_rows: tuple[tuple[str, float | None, float | None], ...]  # label, between levels, with the teacher
-    timeline: Markup | None
-    slots: Markup | None
-    attention: Markup | None
+    timeline: Picture | None
+    slots: Picture | None
+    attention: Picture | None
 
 
 def insight_of(study: Study, prefix: str) -> Insight:
@@ -152,7 +151,7 @@ def _teacher_similarity(found: Mapping[str, Any]) -> float | None:
     return values[-1] if values else None
 
 
-def _per_frame(variant: Variant, prefix: str) -> Markup | None:
+def _per_frame(variant: Variant, prefix: str) -> Picture | None:
     if not variant.diagnosed or not variant.diagnosed[0]["per_frame"]:
         return None
     tables = [found["per_frame"] for found in variant.diagnosed]
@@ -163,7 +162,11 @@ def _per_frame(variant: Variant, prefix: str) -> Markup | None:
     )
 
 
-def _curves(study: Study, prefix: str) -> Markup | None:
+def _colors(study: Study) -> dict[str, str]:
+    return figures.palette([variant.label for variant in study.variants])
+
+
+def _curves(study: Study, prefix: str) -> Picture | None:
     parts = []
     for title, key in (("Answer loss (L_ce)", "loss_ce"), ("Top-1 on val", "val_top1")):
         lines = []
@@ -177,10 +180,10 @@ def _curves(study: Study, prefix: str) -> Markup | None:
                 lines.append((variant.label, seeds))
         if lines:
             parts.append((title, lines))
-    return figures.curves(parts, name=f"{prefix}-curves") if parts else None
+    return figures.curves(parts, _colors(study), name=f"{prefix}-curves") if parts else None
 
 
-def _similarity(study: Study, prefix: str) -> Markup | None:
+def _similarity(study: Study, prefix: str) -> Picture | None:
     matrices = []
     for variant in study.variants:
         tables = [found["levels"]["cka"] for found in variant.diagnosed]
@@ -204,7 +207,7 @@ def _first_diagnosed(study: Study) -> Mapping[str, Any] | None:
     return next((v.diagnosed[0] for v in reversed(study.variants) if v.diagnosed), None)
 
 
-def _timeline(study: Study, prefix: str) -> Markup | None:
+def _timeline(study: Study, prefix: str) -> Picture | None:
     found = _first_diagnosed(study)
     if found is None or not found["starts"]:
         return None
@@ -216,15 +219,14 @@ def _timeline(study: Study, prefix: str) -> Markup | None:
         [str(step + 2) for step in range(len(rows))],
         name=f"{prefix}-timeline",
         xlabel="frame at which an entry begins",
-        ylabel="while frame … is read",
+        ylabel="frame being read",
         unit="share of tokens",
         limits=(0, 1),
-        height=3.4,
-        width=5.2,
+        height=3.6,
     )
 
 
-def _slots(study: Study, prefix: str) -> Markup | None:
+def _slots(study: Study, prefix: str) -> Picture | None:
     found = _first_diagnosed(study)
     tables = [] if found is None else [s["slots"] for s in found["per_sample"].values() if "slots" in s]
     if not tables:
@@ -242,13 +244,13 @@ def _slots(study: Study, prefix: str) -> Markup | None:
     )
 
 
-def _attention(study: Study, prefix: str) -> Markup | None:
+def _attention(study: Study, prefix: str) -> Picture | None:
     lines = []
     for variant in study.variants:
         tables = [s["attention"] for d in variant.diagnosed for s in d["per_sample"].values() if "attention" in s]
         if tables:
             lines.append((variant.label, [sum(frame) / len(tables) for frame in zip(*tables, strict=True)]))
-    return figures.shares(lines, name=f"{prefix}-attention") if lines else None
+    return figures.shares(lines, _colors(study), name=f"{prefix}-attention") if lines else None
 
 
 # ---------------------------------------------------------------- in words
@@ -261,11 +263,13 @@ def _findings(study: Study, aligned: Sequence[Variant]) -> list[str]:
         if not rows or rows[0].above_constant is None:
             continue
         best = max(rows, key=lambda row: row.cosine)
-        constant = best.cosine - (best.above_constant or 0)
-        centred = "" if best.centred is None else f", and the centred cosine is {best.centred:.3f}"
+        above = best.above_constant or 0
+        more = f"{above:.3f} more than" if above > 0 else f"{-above:.3f} less than"
+        centred = [row.centred for row in rows if row.centred is not None]
         told.append(
-            f"{variant.label}: the cosine reaches {best.cosine:.3f} at level {best.level}; one constant vector would "
-            f"get {constant:.3f}{centred}. What is learned about single frames is the part above the constant."
+            f"{variant.label}: the cosine with the teacher reaches {best.cosine:.3f} on test questions, at level "
+            f"{best.level}. That is {more} one constant vector gets ({best.cosine - above:.3f}), which knows nothing "
+            f"about any frame. Without the common part the best level has {max(centred, default=0):.3f}."
         )
     alike = [
         (v, value) for v in study.variants if (value := _mean_of(v, lambda d: d["levels"]["similarity"])) is not None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline.report.answer import Score, percent, span
-from pipeline.report.read import Study, Variant
+from pipeline.report.read import Study, Variant, levels
 from stages.decode.metrics import Prediction, is_correct
 
 TASKS = ("relationship", "way_speaking", "scene", "director", "genre", "writer", "year")
@@ -76,7 +76,7 @@ def tables(studies: Sequence[Study], scores: Scores) -> list[Table]:
 
 
 def student_of(studies: Sequence[Study], dataset: str, task: str | None, *, aligned: bool) -> Variant | None:
-    """The variant that stands for Diff-LMM or (λ = 0) MA-LMM on a dataset: the paper's settings where they are there."""
+    """The variant that stands for Diff-LMM, or with λ = 0 for MA-LMM: the paper's settings where they are there."""
     fitting = [
         variant
         for study in studies
@@ -111,7 +111,7 @@ def _table_1(studies: Sequence[Study], scores: Scores) -> Table:
         cells = [theirs(base), theirs(diff)]
         for dataset in ("lvu", WORLD) if world else ("lvu",):
             cells += [_score(student_of(studies, dataset, task, aligned=on), scores) for on in (False, True)]
-        rows.append((f"{name} (n = {n})", tuple(cells)))
+        rows.append((f"{name} (n\u00a0=\u00a0{n})", tuple(cells)))
     note = (
         " The small world has tasks of the same names on other videos: those columns are no reproduction."
         if world
@@ -187,8 +187,6 @@ def _figure_3(studies: Sequence[Study], scores: Scores) -> Table:
 
 
 def _figure_4(studies: Sequence[Study], scores: Scores) -> Table:
-    from pipeline.report.read import levels
-
     kinds = _kinds(studies)
     rows = []
     for name in ("8–13", "1–7", "13", "1–13"):

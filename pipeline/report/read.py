@@ -96,7 +96,7 @@ def find_runs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     Raises:
         ConfigError: a path does not exist, or holds no run.
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, tuple[Path, Path]] = {}
     for root in paths:
         if not root.is_dir():
             raise ConfigError(f"{root} is no folder.\nTrain a run:  pipeline train-student --out {root}")
@@ -104,8 +104,8 @@ def find_runs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
         if not here:
             raise ConfigError(f"{root} holds no run.\nTrain one:  pipeline train-student --out {root}")
         for folder in here:
-            found.setdefault(folder.resolve(), root)
-    return [(root, folder) for folder, root in found.items()]
+            found.setdefault(folder.resolve(), (root, folder))
+    return list(found.values())
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:
@@ -150,7 +150,7 @@ def _same_questions(run: Run, study: Study) -> bool:
 
 
 def _read(root: Path, folder: Path) -> Run:
-    name = root.name if folder == root.resolve() else str(folder.relative_to(root.resolve()))
+    name = str(folder.relative_to(root)) if folder != root else root.resolve().name
     missing: list[Missing] = []
 
     def part(path: Path, read: Callable[[], Any], what: str, command: str, empty: Any) -> Any:
@@ -167,11 +167,10 @@ def _read(root: Path, folder: Path) -> Run:
     answers = folder / "predictions.jsonl"
     if not (folder / "config.json").is_file():
         said = part(answers, lambda: read_predictions(answers), "answers", "pipeline baselines", [])
-        seed = _json_object(folder / "probe.json").get("seed")
-        return Run(
-            folder, name, seed if isinstance(seed, int) else None, {"baseline": folder.name}, None, tuple(said),
-            missing=tuple(missing),
-        )  # fmt: skip
+        facts = part(folder / "probe.json", lambda: _json_object(folder / "probe.json"), "its settings", "", {})
+        settings = {"baseline": str(facts.get("probe", folder.name))}
+        seed = facts.get("seed") if isinstance(facts.get("seed"), int) else None
+        return Run(folder, name, seed, settings, None, tuple(said), missing=tuple(missing))
     run = RunFolder.open(folder)
     settings = flatten(run.config)
     seed = settings.pop("train.seed")
@@ -223,7 +222,7 @@ def _study(runs: Sequence[Run], arms: Mapping[Path, str]) -> Study:
     config = cast(PipelineConfig, runs[0].config)
     variants: list[Variant] = []
     for run in runs:
-        arm = arms.get(run.path)
+        arm = arms.get(run.path.resolve())
         _join(variants, json.dumps(_effective(run), sort_keys=True) if arm is None else arm, "", run)
     effective = [_effective(variant.runs[0]) for variant in variants]
     keys = sorted({key for settings in effective for key in settings})

@@ -1,4 +1,4 @@
-"""Single questions like the paper's Figure 5: frame strip, question, truth, what every variant said, alignment over time."""
+"""Single questions like the paper's Figure 5: frames, question, truth, every variant's answer, alignment over time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from markupsafe import Markup
 from PIL import Image
 
 from pipeline import registry
 from pipeline.report import figures
 from pipeline.report.answer import Result
+from pipeline.report.figures import Picture
 from pipeline.report.read import Study, Variant
 from stages.data.frames import open_source
 from stages.decode.metrics import Prediction, is_correct, spoken
@@ -47,7 +47,7 @@ class VideoView:
     said: tuple[Said, ...]
     strip: tuple[tuple[int, str], ...]  # number of the frame in the window, data URI
     no_strip: str  # why there are no pictures
-    alignment: Markup | None
+    alignment: Picture | None
 
 
 def views_of(result: Result, number: int, prefix: str) -> list[VideoView]:
@@ -130,9 +130,10 @@ def _said(variant: Variant, key: str, study: Study) -> Said | None:
     return Said(variant.label, tuple((answer, count, right) for (answer, right), count in ordered), len(found))
 
 
-def _alignment(study: Study, key: str, name: str) -> Markup | None:
+def _alignment(study: Study, key: str, name: str) -> Picture | None:
     """Mean cosine of the aligned levels and share of the attention, per frame, of the first seed that has them."""
     cosine, attention = [], []
+    colors = figures.palette([variant.label for variant in study.variants])
     for variant in study.variants:
         found = next((d["per_sample"][key] for d in variant.diagnosed if key in d["per_sample"]), None)
         if found is None:
@@ -141,7 +142,7 @@ def _alignment(study: Study, key: str, name: str) -> Markup | None:
             cosine.append((variant.label, [sum(values) / len(values) for values in zip(*levels, strict=True)]))
         if found.get("attention"):
             attention.append((variant.label, found["attention"]))
-    return figures.under_strip(cosine[:4], attention[:4], name=name) if cosine or attention else None
+    return figures.under_strip(cosine[:4], attention[:4], colors, name=name) if cosine or attention else None
 
 
 # ---------------------------------------------------------------- pictures

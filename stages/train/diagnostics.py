@@ -334,7 +334,7 @@ def slot_frames(sizes: Float[Tensor, "B S P"], num_frames: int) -> Float[Tensor,
 def frame_attention(
     mass: Float[Tensor, "B S P"], sizes: Float[Tensor, "B S P"], num_frames: int
 ) -> Float[Tensor, "B T"]:
-    """Share of the cross-attention per frame: an entry is the mean of its frames, so they share it equally. Sums to 1."""
+    """Share of the attention per frame: an entry is the mean of its frames, so they share it equally. Sums to 1."""
     return (_holds(sizes, num_frames) * (mass / sizes)[..., None]).sum((1, 2))
 
 
