@@ -281,7 +281,8 @@ SHORT = {
 def label_of(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
     """``λ = 1, levels 8–13``: the settings that tell a variant from the others, in words."""
     parts = []
-    for key in sorted(keys, key=lambda key: (key not in SHORT, key)):
+    known = list(SHORT)
+    for key in sorted(keys, key=lambda key: (known.index(key) if key in SHORT else len(known), key)):
         if key in settings:
             value = levels(settings[key]) if key == "align.levels" else str(settings[key])
             name = SHORT.get(key, key.rpartition(".")[2])

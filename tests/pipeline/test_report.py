@@ -97,7 +97,12 @@ def make_run(tmp_path: Path) -> Run:
                 b"".join(
                     line_of(
                         Prediction(
-                            f"s{i}", f"v{i // 2}", "spot", prompt, truths[i % 4], (truths[(i + (i not in right)) % 4],)
+                            f"s{i}",
+                            f"v{i // 2}",
+                            "spot",
+                            prompt,
+                            truths[i % 4],
+                            (truths[i % 4] if i in right else "no label",),
                         )
                     )
                     for i in range(8)
@@ -135,7 +140,7 @@ def test_the_scores_on_the_page_are_those_of_the_answers(make_run: Run, tmp_path
 def test_one_run_alone_is_no_comparison(make_run: Run, tmp_path: Path) -> None:
     page = make(make_run("a", right=(0, 1)), tmp_path / "page.html")
     assert "How many of the test questions does this student answer?" in page.text
-    assert "25.0\u202f% of 8." in page.text
+    assert "25.0 % of 8." in page.text
     assert "p (Holm)" not in page.text
 
 
@@ -215,7 +220,7 @@ def test_the_papers_numbers_are_the_papers(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "diff", "n"), zip(paper.TABLE_1_MALMM, paper.TABLE_1_DIFFLMM, paper.WINDOWS, strict=True)
+    ("base", "diff", "n"), list(zip(paper.TABLE_1_MALMM, paper.TABLE_1_DIFFLMM, paper.WINDOWS, strict=True))
 )
 def test_every_figure_of_table_1_is_a_whole_number_of_windows(base: float, diff: float, n: int) -> None:
     for value in (base, diff):
@@ -263,7 +268,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(make_run: Run, tmp_path: 
     assert "answers (damaged:" in page.text
     assert "diagnostics of the finished student (damaged:" in page.text
     assert "a training log (damaged:" in page.text
-    assert "100.0\u202f% of 8." in page.text
+    assert "100.0 % of 8." in page.text
 
 
 def test_without_videos_the_questions_are_shown_without_pictures(make_run: Run, tmp_path: Path) -> None:
