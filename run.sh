@@ -90,15 +90,18 @@ run_job() {
     local options=(--preset "$PRESET" ${SET:-})
     if [ "$PRESET" = miniature ]; then
         say "videos"
-        pipeline synth
+        pipeline synth --videos 2680 --workers "$(getconf _NPROCESSORS_ONLN)"
     fi
-    say "1/4 frozen image features"
-    pipeline extract-clip "${options[@]}" || failures_only
-    say "2/4 diffusion teacher features"
-    pipeline extract-teacher "${options[@]}" || failures_only
-    say "3/4 student"
+    say "frozen features: image tokens and diffusion targets"
+    pipeline extract "${options[@]}" || failures_only
+    if [ "$PRESET" = miniature ] && [ -z "${SET:-}" ] && [ "$OUT" = runs/miniature ]; then
+        say "students, with and without the diffusion teacher, and what they have to beat"
+        pipeline tour --out "$OUT"
+        return
+    fi
+    say "student"
     pipeline train-student "${options[@]}" --out "$OUT"
-    say "4/4 evaluation"
+    say "evaluation"
     pipeline evaluate --run "$OUT"
 }
 

@@ -27,7 +27,7 @@ app = typer.Typer(
         "Every command resumes, and says so. Exit codes: 0 done, 2 usage or config, 3 finished with failures, 4 cache "
         "missing or stale, 5 environment, 75 interrupted (the same command resumes), 130 Ctrl-C."
     ),
-    epilog="Example:  pipeline extract-clip --preset miniature",
+    epilog="Example:  pipeline extract --preset miniature",
     rich_markup_mode=None,  # plain text: quicker, and the same on every terminal
     add_completion=False,
     no_args_is_help=True,
@@ -45,6 +45,10 @@ SetOption = Annotated[
 ]
 CacheOption = Annotated[
     Path | None, typer.Option("--cache", metavar="PATH", help="The feature store. [default: cache/…, by preset]")
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Memory to stay within, such as 20GB; chooses the micro-batch."),
 ]
 RunOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")]
 EvaluatedRunOption = Annotated[
@@ -94,6 +98,28 @@ def _main(
     ] = False,
 ) -> None:
     assert not version
+
+
+@app.command(
+    epilog="Example:  pipeline extract --preset lvu-relationship --workers 2",
+)
+def extract(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    out: ReportOption = None,
+    split: SplitsOption = None,
+    workers: WorkersOption = 0,
+    retry_failed: RetryOption = False,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Put the features of both frozen networks into the cache; every frame is decoded once."""
+    with guard(debug=debug, as_json=as_json):
+        config = _config(preset, sets)
+        _extract("both", config, cache, out, split or [], workers, retry_failed, device, dry_run, as_json)
 
 
 @app.command(
@@ -151,6 +177,7 @@ def train_student(
     sets: SetOption = None,
     cache: CacheOption = None,
     out: RunOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -158,7 +185,8 @@ def train_student(
 ) -> None:
     """Train the memory-bank student against the cache."""
     with guard(debug=debug, as_json=as_json):
-        config = _config(preset, sets)
+        budget = [] if memory is None else [f"train.memory={memory}", "train.micro_batch=0"]
+        config = _config(preset, [*(sets or []), *budget])
         cache = _cache(cache, config)
         compose = _compose(dry_run)
         from pipeline.progress import Progress
@@ -422,7 +450,7 @@ def _device(name: str, dry_run: bool) -> str:
 
 
 def _extract(
-    which: Literal["clip", "teacher"],
+    which: Literal["clip", "teacher", "both"],
     config: PipelineConfig,
     cache: Path | None,
     out: Path | None,
@@ -433,7 +461,7 @@ def _extract(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    command = f"extract-{which}"
+    command = "extract" if which == "both" else f"extract-{which}"
     cache = _cache(cache, config)
     compose = _compose(dry_run)
     from pipeline.progress import Progress
@@ -470,7 +498,7 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
         print(results.as_json(result))
     elif dry_run:
         results.show_estimate(command, result)
-    elif command.startswith("extract-"):
+    elif command.startswith("extract"):
         results.show_extraction(result)
     else:
         {

@@ -31,7 +31,7 @@ from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
 from stages.data.manifest import coverage, estimate
 from stages.data.samples import Availability, Batch, CachedSamples, available, few
-from stages.decode.evaluate import ClosedSets, resume
+from stages.decode.evaluate import ClosedSets, by_window, resume
 from stages.decode.evaluate import evaluate as answer
 from stages.decode.metrics import is_correct
 from stages.extract.run import Job
@@ -45,6 +45,7 @@ from stages.types import Decoder, Sample
 
 Which = Literal["clip", "teacher"]
 MAX_LABELS = 256  # a label set; open questions have thousands of answers
+BOTH: tuple[Which, ...] = ("clip", "teacher")
 
 
 # ---------------------------------------------------------------- stage 1
@@ -53,7 +54,7 @@ MAX_LABELS = 256  # a label set; open questions have thousands of answers
 def extract(
     config: PipelineConfig,
     *,
-    which: Which,
+    which: Which | Literal["both"],
     cache: Path,
     workers: int,
     retry_failed: bool,
@@ -62,17 +63,22 @@ def extract(
     dry_run: bool,
     progress: OnProgress,
 ) -> dict[str, Any]:
-    """Features of one encoder for every video that the dataset wants."""
+    """Features of one encoder, or of both from one pass, for every video that the dataset wants."""
+    encoders = BOTH if which == "both" else (which,)
+    command = "extract" if which == "both" else f"extract-{which}"
     dataset = load_dataset(config)
     wanted = dataset.wanted(list(splits) or None)
     if dry_run:
         sizes = {
-            name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in _shapes(config, which)
+            name: int(np.prod(shape)) * np.dtype(dtype).itemsize
+            for encoder in encoders
+            for name, (shape, dtype) in _shapes(config, encoder)
         }
         return estimate(wanted, sizes).to_json()
     if not wanted:
         raise ConfigError(f"data.videos={config.data.videos!r} and data.annotations name no video")
-    job = Job(config, _builder(config, which), cache, device, help_command=_command(f"extract-{which}", config, cache))
+    builders = tuple(_builder(config, encoder) for encoder in encoders)
+    job = Job(config, builders, cache, device, help_command=_command(command, config, cache))
     report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
     failed, missing = report.failures, set(report.missing)
     per_split = {name: dataset.wanted([name]) for name in (list(splits) or dataset.splits)} or {"all": wanted}
@@ -113,7 +119,7 @@ def _shapes(config: PipelineConfig, which: Which) -> Iterator[tuple[str, tuple[t
 def _command(command: str, config: PipelineConfig, cache: Path) -> str:
     """What the user would type: the preset, and every setting that differs from it and matters to an extraction."""
     base, ours = flatten(presets.get(config.preset)), flatten(config)
-    rooms = ("data.", "clip.") if command == "extract-clip" else ("data.", "teacher.")
+    rooms = ("data.", *(f"{which}." for which in BOTH if command in ("extract", f"extract-{which}")))
     sets = [f"{key}={_typed(ours[key])}" for key in ours if ours[key] != base[key] and key.startswith(rooms)]
     parts = ["pipeline", command, "--preset", config.preset, "--cache", str(cache)]
     return shlex.join(parts + [part for item in sets for part in ("--set", item)])
@@ -335,7 +341,8 @@ def _validation(
         correct = 0
         for batch in _batches(data, range(len(data)), config.decode.batch_size):
             with torch.inference_mode():
-                beams = trainer.decoder.generate(trainer.student(batch.f, batch.prompts).prefix, batch.prompts)
+                prefix = trainer.student(batch.f, batch.prompts, windows=batch.windows).prefix
+                beams = trainer.decoder.generate(prefix, batch.prompts)
             rule = dataset.answer_rule
             correct += sum(is_correct(b[0], s.answer, rule) for b, s in zip(beams, batch.samples, strict=True) if b)
         return correct / len(data)
@@ -402,10 +409,10 @@ def evaluate(
     write = scoring.predictions_file(run.path, split)
     made_by = _digest(loaded.path, config)
     answered = resume(write, made_by)
-    todo = [i for i, sample in enumerate(data.samples) if sample.sample_id not in answered]
+    todo = by_window(data.samples, (i for i, s in enumerate(data.samples) if s.sample_id not in answered))
     progress(len(answered), len(data), split)
     answer(
-        lambda batch: student(batch.f, batch.prompts).prefix,
+        lambda batch: student(batch.f, batch.prompts, windows=batch.windows).prefix,
         decoder,
         _batches(data, todo, config.decode.batch_size),
         write=write,

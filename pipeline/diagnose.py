@@ -108,7 +108,7 @@ def _stores(config: PipelineConfig, cache: Path) -> tuple[FeatureStore, FeatureS
 
 def _target(batches: Sequence[Batch]) -> Tensor | None:
     """Raw targets [B, T, D], as cached."""
-    targets = [batch.y_star.flatten(2).float() for batch in batches if batch.y_star is not None]
+    targets = [batch.per_sample(batch.y_star).flatten(2).float() for batch in batches if batch.y_star is not None]
     return torch.cat(targets) if targets else None
 
 
@@ -140,7 +140,7 @@ def _readings(student: Student, batches: Sequence[Batch]) -> list[diagnostics.Re
     """Empty for students that have no memory banks."""
     if type(student) is not Student:
         return []
-    return [diagnostics.read_frames(student, batch.f, batch.prompts) for batch in batches]
+    return [diagnostics.read_frames(student, batch.per_sample(batch.f), batch.prompts) for batch in batches]
 
 
 def _per_sample(

@@ -336,7 +336,7 @@ def _refuse_other_config(run: RunFolder, config: PipelineConfig) -> None:
 def _refuse_foreign_files(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file; a run needs a folder of its own, such as --out runs/mine")
-    allowed = {"extract-clip.json", "extract-teacher.json", "checkpoints", ".config.json.tmp"}
+    allowed = {"extract.json", "extract-clip.json", "extract-teacher.json", "checkpoints", ".config.json.tmp"}
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in allowed) if path.exists() else []
     if foreign:
         raise ConfigError(

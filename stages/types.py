@@ -111,7 +111,16 @@ class FrozenEncoder(Protocol):
         """Modality name -> spec: ``{"tokens": …}`` for CLIP, ``{"pooled/layer8": …}`` for the teacher."""
 
     def __call__(self, frames: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float[np.ndarray, "b ..."]]:
-        """Features of every modality for a batch of frames of one size, in the spec's dtype. No gradient, no state."""
+        """Features of every modality for a batch of frames of one size, in the spec's dtype. No gradient, no state.
+
+        It is ``encode(view(frames))``: two steps, so that one thread can prepare what another encodes.
+        """
+
+    def view(self, frames: UInt8[np.ndarray, "b h w 3"]) -> UInt8[Tensor, "b 3 size size"]:
+        """The frames as the network sees them, resized, in CPU memory. Safe beside ``encode`` in another thread."""
+
+    def encode(self, pictures: UInt8[Tensor, "b 3 size size"]) -> dict[str, Float[np.ndarray, "b ..."]]:
+        """Features of what ``view`` gave."""
 
     def weights_digest(self) -> str:
         """sha256 over names, dtypes, shapes and bytes of all weights in memory: equal before and after a run."""
@@ -154,11 +163,26 @@ class Decoder(Protocol):
         Eq. 8 is the quotient; sum and count are returned apart so that micro-batches add up exactly.
         """
 
+    def loss_per_sample(
+        self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str], answers: Sequence[str]
+    ) -> Float[Tensor, " B"]:
+        """The parts of ``loss_sum``: one sum per sample, in one pass."""
+
+    def score_answers(
+        self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str], candidates: Sequence[str]
+    ) -> Float[Tensor, "B n"]:
+        """Log-likelihood of each candidate (incl. end of sequence) for each sample, without gradient."""
+
     def count_answer_tokens(self, answers: Sequence[str]) -> int:
         """The number of answer tokens ``loss_sum`` would count, without running the model."""
 
     def unreachable(self, answers: Sequence[str]) -> list[str]:
         """The distinct answers that ``generate`` can never give, such as those longer than its limit."""
 
-    def generate(self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str]) -> list[list[str]]:
-        """Per sample the returned beams, best first, as stripped text."""
+    def generate(
+        self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str], *, allowed: Sequence[str] | None = None
+    ) -> list[list[str]]:
+        """Per sample the returned beams, best first, as stripped text.
+
+        ``allowed`` closes the set of answers: no other can be given, and there may be fewer beams than asked for.
+        """

@@ -84,6 +84,23 @@ def evaluate(
     return result
 
 
+def by_window(samples: Sequence[Sample], positions: Iterable[int]) -> list[int]:
+    """``positions`` in the order in which they cost least: the questions of one window of a video follow each other.
+
+    So a batch reads few videos (``CachedSamples.batch`` reads each once), and equal questions about equal frames meet
+    in one batch, where they are answered once. Within a window long prompts come together, since a batch is padded to
+    its longest. Windows keep the order in which they first occur.
+    """
+    windows: dict[tuple[str, bytes], list[int]] = {}
+    for position in positions:
+        windows.setdefault(_window(samples[position]), []).append(position)
+    return [
+        position
+        for window in windows.values()
+        for position in sorted(window, key=lambda at: (len(samples[at].prompt), samples[at].prompt))
+    ]
+
+
 def resume(path: Path, run: str = "") -> dict[str, Prediction]:
     """Answers that ``path`` already holds for ``run``, by sample id; makes the file ready to append to.
 
@@ -136,18 +153,26 @@ def _answer(
     run: str,
     closed: ClosedSets | None,
 ) -> list[Prediction]:
+    # An answer follows from frames and prompt alone. (The prefix does too: the Q-Former reads the prompt, so it cannot
+    # be shared between different questions about one window.)
+    first: dict[tuple[tuple[str, bytes], str], int] = {}
+    same = [first.setdefault((_window(batch.samples[row]), batch.samples[row].prompt), row) for row in rows]
+    asked = list(first.values())
+    samples = [batch.samples[row] for row in asked]
     with torch.no_grad():
-        prefix = student_fn(batch)[rows]
-    samples = [batch.samples[row] for row in rows]
+        prefix = student_fn(_part(batch, asked))
     broken = [s.sample_id for s, ok in zip(samples, prefix.isfinite().all(-1).all(-1).tolist(), strict=True) if not ok]
     if broken:
         raise ValueError(f"the student's prefix is not finite for samples {broken[:5]}; the checkpoint has diverged")
-    answers = decoder.generate(prefix, [sample.prompt for sample in samples])
+    place = {row: number for number, row in enumerate(asked)}
+    said = decoder.generate(prefix, [sample.prompt for sample in samples])
     predictions = [
-        Prediction(s.sample_id, s.video_id, s.group, s.prompt, s.answer, tuple(beams), run)
-        for s, beams in zip(samples, answers, strict=True)
+        Prediction(s.sample_id, s.video_id, s.group, s.prompt, s.answer, tuple(said[place[row]]), run)
+        for s, row in zip((batch.samples[row] for row in rows), same, strict=True)
     ]
-    return predictions if closed is None else _among_labels(decoder, prefix, predictions, closed)
+    if closed is None:
+        return predictions
+    return _among_labels(decoder, prefix[[place[row] for row in same]], predictions, closed)
 
 
 def _among_labels(
@@ -170,6 +195,21 @@ def _among_labels(
             for i, beams in zip(rows, decoder.generate(prefix[rows], prompts, allowed=labels), strict=True):
                 result[i] = replace(result[i], constrained=tuple(beams))
     return result
+
+
+def _part(batch: Batch, rows: list[int]) -> Batch:
+    """Some samples of a batch, with the windows that they ask about and no others."""
+    samples = tuple(batch.samples[row] for row in rows)
+    if len(rows) == len(batch.samples):
+        return Batch(samples, batch.f, None, batch.windows)
+    read = [row if batch.windows is None else batch.windows[row] for row in rows]
+    kept = list(dict.fromkeys(read))
+    return Batch(samples, batch.f[kept], None, tuple(kept.index(window) for window in read))
+
+
+def _window(sample: Sample) -> tuple[str, bytes]:
+    """What a sample sees: equal windows have equal features."""
+    return sample.video_id, sample.frame_index.tobytes()
 
 
 def _checked(prediction: Prediction, sample: Sample, path: Path) -> Prediction:

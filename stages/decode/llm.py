@@ -1,10 +1,17 @@
 """The frozen language model: Eq. 8 on the answer tokens, and answers by beam search.
 
 Any causal LM of transformers. MA-LMM's layout: visual prefix, then prompt, then answer.
+
+That order says what samples can share. The states of a prompt depend on the prefix in front of it from the first
+attention on, so keys and values of a prompt serve one prefix only: not another video, and not another variant of the
+student. The prefix depends on the prompt in turn (the Q-Former reads it), so two questions about one window share
+nothing here. What is left, and done: candidates for one question continue one prefix and prompt (``score_answers``);
+variants of one question go through as one batch with losses apart (``loss_per_sample``).
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import re
@@ -18,7 +25,6 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,8 +38,9 @@ from transformers import (
 from stages import weights
 from stages.config import DecodeConfig
 from stages.decode import smollm2
+from stages.decode.closed import ClosedSet
+from stages.decode.text import TextCodec
 
-MAX_ANSWER_TOKENS = 256  # MA-LMM max_output_txt_len; a longer answer is cut and then has no end of sequence
 VICUNA_VERSION = "1.1"  # the one that InstructBLIP's Q-Former was trained for
 LLAMA_VOCABULARY = 32_000
 LLAMA_POSITIONS = 2048  # Llama-1, so Vicuna up to v1.3; Llama-2 (v1.5) has 4096
@@ -97,27 +104,106 @@ class CausalLM:
 
         Gradients reach ``prefix`` only. Logits are computed for the answer's positions only.
         """
+        logits, targets = self._answer_logits(prefix, prompts, answers)
+        wanted = self._tensor([token for ids in targets for token in ids])
+        return cross_entropy(logits, wanted, reduction="sum"), len(wanted)
+
+    def loss_per_sample(
+        self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str], answers: Sequence[str]
+    ) -> Float[Tensor, " B"]:
+        """``loss_sum`` of every sample apart, from one batch: variants of one sample can go through together.
+
+        Each is summed over its own tokens alone. On one CPU thread a sample keeps its bits whatever the number of
+        samples, but not whatever the padded length, which the longest neighbour sets (measured:
+        tests/bench/results/decode_2core-cpu_20261124.md).
+        """
+        logits, targets = self._answer_logits(prefix, prompts, answers)
+        wanted = self._tensor([token for ids in targets for token in ids])
+        losses = cross_entropy(logits, wanted, reduction="none").split([len(ids) for ids in targets])
+        return torch.stack([part.sum() for part in losses])
+
+    def _answer_logits(
+        self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str], answers: Sequence[str]
+    ) -> tuple[Float[Tensor, "n vocabulary"], list[list[int]]]:
+        """Logits where the answer tokens are predicted, sample after sample, and those tokens."""
         questions = [self.text.prompt_ids(prompt) for prompt in prompts]
         targets = [self.text.answer_ids(answer) for answer in answers]
         # The last answer token predicts nothing, so it need not be read.
-        read = [self._tensor(q + a[:-1]) for q, a in zip(questions, targets, strict=True)]
+        read = [q + a[:-1] for q, a in zip(questions, targets, strict=True)]
         # Padding is on the right, where no position of a causal model looks; so it needs no mask.
-        tokens = pad_sequence(read, batch_first=True, padding_value=self.text.pad_id)  # [B, L]
-        embeds = torch.cat([self._cast(prefix), self._embed(tokens)], dim=1)  # [B, Q + L, V]
+        embeds = torch.cat([self._cast(prefix), self._embed(self._padded(read))], dim=1)  # [B, Q + L, V]
         # The state at the last prompt token predicts the first answer token.
         rows = [b for b, ids in enumerate(targets) for _ in ids]
         starts = [prefix.shape[1] + len(question) - 1 for question in questions]
         columns = [start + i for start, ids in zip(starts, targets, strict=True) for i in range(len(ids))]
-        logits = self._logits_at(embeds, self._tensor(rows), self._tensor(columns))
-        wanted = self._tensor([token for ids in targets for token in ids])
-        return cross_entropy(logits.float(), wanted, reduction="sum"), len(rows)
+        return self._logits_at(embeds, self._tensor(rows), self._tensor(columns)).float(), targets
 
     @torch.no_grad()
-    def generate(self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str]) -> list[list[str]]:
-        """Per sample the returned beams, best first, stripped and without special tokens."""
-        size = self.cfg.batch_size
+    def score_answers(
+        self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str], candidates: Sequence[str]
+    ) -> Float[Tensor, "B n"]:
+        """Log-likelihood of every candidate answer, end of sequence included: minus ``loss_sum`` of each alone.
+
+        Prefix and prompt are read once per sample; every candidate continues from their keys and values. Samples whose
+        prompts have equally many tokens go together, so that nothing between prompt and answer is padding.
+        """
+        targets = [self.text.answer_ids(candidate) for candidate in candidates]
+        questions = [self.text.prompt_ids(prompt) for prompt in prompts]
+        scores = torch.zeros(len(prompts), len(candidates), device=self._device)
+        lengths: dict[int, list[int]] = {}
+        for row, ids in enumerate(questions):
+            lengths.setdefault(len(ids), []).append(row)
+        for same in lengths.values():
+            for start in range(0, len(same), self.cfg.batch_size):
+                rows = same[start : start + self.cfg.batch_size]
+                scores[rows] = self._score_part(prefix[rows], [questions[row] for row in rows], targets)
+        return scores
+
+    def _score_part(
+        self, prefix: Float[Tensor, "b Q V"], questions: list[list[int]], targets: list[list[int]]
+    ) -> Float[Tensor, "b n"]:
+        embeds = torch.cat([self._cast(prefix), self._embed(self._padded(questions))], dim=1)
+        states, cache = self._states(embeds)
+        first = self._head(states[:, -1]).float().log_softmax(-1)  # [b, vocabulary]
+        scores = first[:, [ids[0] for ids in targets]]
+        # The rest of the longer candidates, in groups that a beam search of the same batch size would also hold.
+        longer = sorted((n for n, ids in enumerate(targets) if len(ids) > 1), key=lambda n: len(targets[n]))
+        at_once = max(1, self.cfg.batch_size * self.cfg.num_beams // len(questions))
+        for start in range(0, len(longer), at_once):
+            group = longer[start : start + at_once]
+            continued = copy.deepcopy(cache)
+            continued.batch_repeat_interleave(len(group))
+            read = self._padded([targets[n][:-1] for n in group]).repeat(len(questions), 1)  # [b * group, L]
+            states, _ = self._states(self._embed(read), continued)
+            wanted = self._padded([targets[n][1:] for n in group]).repeat(len(questions), 1)
+            losses = cross_entropy(self._head(states).float().transpose(1, 2), wanted, reduction="none")
+            counts = self._tensor([len(targets[n]) - 1 for n in group]).repeat(len(questions))
+            real = torch.arange(read.shape[1], device=self._device) < counts[:, None]
+            scores[:, group] -= (losses * real).sum(1).view(len(questions), len(group))
+        return scores
+
+    def _states(self, embeds: Float[Tensor, "b L V"], cache: Any = None) -> tuple[Float[Tensor, "b L X"], Any]:
+        """What ``_head`` turns into logits, and the keys and values so far (``cache`` itself, longer)."""
+        model = self.model.base_model if self._plain_head else self.model
+        out = model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        return (out.last_hidden_state if self._plain_head else out.logits), out.past_key_values
+
+    def _head(self, states: Float[Tensor, "... X"]) -> Float[Tensor, "... vocabulary"]:
+        return self.model.get_output_embeddings()(states) if self._plain_head else states
+
+    @torch.no_grad()
+    def generate(
+        self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str], *, allowed: Sequence[str] | None = None
+    ) -> list[list[str]]:
+        """Per sample the returned beams, best first, stripped and without special tokens.
+
+        With ``allowed``, only those answers can be given: each step admits the tokens that continue one of them, and
+        the end of sequence behind a whole one. Fewer answers than beams return fewer texts. ``decode.max_new_tokens``
+        does not cut them. Raises ValueError for an empty set.
+        """
+        size, closed = self.cfg.batch_size, None if allowed is None else ClosedSet(allowed, self.text)
         parts = [
-            self._generate_part(prefix[start : start + size], prompts[start : start + size])
+            self._generate_part(prefix[start : start + size], prompts[start : start + size], closed)
             for start in range(0, len(prompts), size)
         ]
         return [beams for part in parts for beams in part]
@@ -131,7 +217,9 @@ class CausalLM:
             or self.text.decode(ids) != answer.strip()
         ]
 
-    def _generate_part(self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str]) -> list[list[str]]:
+    def _generate_part(
+        self, prefix: Float[Tensor, "B Q V"], prompts: Sequence[str], closed: ClosedSet | None
+    ) -> list[list[str]]:
         questions = [self.text.prompt_ids(prompt) for prompt in prompts]
         longest = max(map(len, questions))
         blocks, mask = [], torch.ones(len(questions), prefix.shape[1] + longest, dtype=torch.long, device=self._device)
@@ -140,18 +228,24 @@ class CausalLM:
             mask[row, :missing] = 0
             padding = self._embed(self._tensor([self.text.pad_id] * missing))
             blocks.append(torch.cat([padding, visual, self._embed(self._tensor(ids))]))  # pad | prefix | prompt
-        penalty = self.cfg.repetition_penalty
+        penalty, config = self.cfg.repetition_penalty, self._generation
+        if closed is not None:
+            config = copy.deepcopy(config)
+            config.max_new_tokens = closed.longest
         new_ids = self.model.generate(
             inputs_embeds=torch.stack(blocks),
             attention_mask=mask,
-            generation_config=self._generation,
+            generation_config=config,
+            prefix_allowed_tokens_fn=None if closed is None else closed.next_tokens,
             # Given as a processor: through the config transformers would skip the first answer tokens of a padded row,
             # because it takes the width of the padding for a count of generated ids.
             logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []),
         )
-        texts = [self.text.decode(ids) for ids in new_ids.tolist()]
-        per_sample = len(texts) // len(questions)
-        return [texts[start : start + per_sample] for start in range(0, len(texts), per_sample)]
+        per_sample = len(new_ids) // len(questions)
+        grouped = [new_ids[start : start + per_sample].tolist() for start in range(0, len(new_ids), per_sample)]
+        if closed is not None:
+            return [closed.answers(beams) for beams in grouped]
+        return [[self.text.decode(ids) for ids in beams] for beams in grouped]
 
     def _logits_at(
         self, embeds: Float[Tensor, "B L V"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]
@@ -171,81 +265,14 @@ class CausalLM:
     def _cast(self, prefix: Float[Tensor, "B Q V"]) -> Float[Tensor, "B Q V"]:
         return prefix.to(device=self._device, dtype=self._embed.weight.dtype)
 
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "B L"]:
+        """One tensor, filled on the right; a call of torch for every row would cost more than the embedding."""
+        longest = max(map(len, rows), default=0)
+        padded = [[*ids, *[self.text.pad_id] * (longest - len(ids))] for ids in rows]
+        return torch.tensor(padded, dtype=torch.long, device=self._device).view(len(rows), longest)
+
     def _tensor(self, ids: Sequence[int]) -> Int[Tensor, " n"]:
         return torch.tensor(ids, dtype=torch.long, device=self._device)
-
-
-class TextCodec:
-    """Strings to token ids as the LLM reads them, and back.
-
-    Prompts and answers are data: a special token spelled out inside one stays ordinary text. Only ``prompt_template``
-    may name special tokens.
-
-    Args:
-        tokenizer: of transformers, fast or slow.
-        cfg: for the template and the prompt length.
-        vicuna: MA-LMM's rule for the first token: ``</s>``, since its tokenizer has bos = eos = unk = ``</s>``.
-            Otherwise a prompt starts with what the tokenizer itself puts in front of a text.
-    """
-
-    def __init__(self, tokenizer: Any, cfg: DecodeConfig, *, vicuna: bool) -> None:
-        if "{prompt}" not in cfg.prompt_template:
-            raise ValueError(f"decode.prompt_template has no {{prompt}} in it: {cfg.prompt_template!r}")
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {cfg.llm} has no end-of-sequence token, so no answer would ever end")
-        self.tokenizer, self.vicuna, self.max_prompt_tokens = tokenizer, vicuna, cfg.max_prompt_tokens
-        self.eos_id: int = tokenizer.eos_token_id
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.start_ids = [self.eos_id] if vicuna else self._own_start()
-        if len(self.start_ids) >= cfg.max_prompt_tokens:
-            raise ValueError(f"decode.max_prompt_tokens={cfg.max_prompt_tokens} leaves no room for the prompt")
-        specials = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        pieces = re.split("(" + "|".join(map(re.escape, specials)) + ")", cfg.prompt_template) if specials else []
-        self._template = [piece for piece in pieces or [cfg.prompt_template] if piece]
-        self._specials = frozenset(specials)
-        self._gap = self._gap_before_answer()
-
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The prompt in its template, cut on the left to ``max_prompt_tokens`` (start token kept, MA-LMM)."""
-        ids: list[int] = []
-        for piece in self._template:
-            if piece in self._specials:
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
-            else:
-                ids.extend(self._plain_ids(piece.replace("{prompt}", prompt)))
-        return self.start_ids + ids[-(self.max_prompt_tokens - len(self.start_ids)) :]
-
-    def answer_ids(self, answer: str) -> list[int]:
-        """The stripped answer as it continues the prompt, and the end of sequence."""
-        text = answer.strip()
-        ids = self._plain_ids(self._gap + text) if text else []
-        return [*ids, self.eos_id][:MAX_ANSWER_TOKENS]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids, without special tokens, stripped."""
-        if self.vicuna:
-            ids = [self.eos_id if i < 2 else i for i in ids]  # MA-LMM: <unk> and <s> read as </s>
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip()
-
-    def _plain_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return ids
-
-    def _own_start(self) -> list[int]:
-        """What the tokenizer puts before a text (what it may put behind would end the prompt, so it is dropped)."""
-        bare: list[int] = self.tokenizer("a", add_special_tokens=False).input_ids
-        full: list[int] = self.tokenizer("a").input_ids
-        return full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)]
-
-    def _gap_before_answer(self) -> str:
-        """A space where the answer's first word would otherwise stick to the prompt's last.
-
-        SentencePiece marks word starts by itself; byte-level BPE has other tokens for " friend" than for "friend".
-        """
-        last = self._template[-1]
-        marks_words = self.tokenizer.convert_ids_to_tokens(self._plain_ids("a"))[0].startswith("▁")
-        return "" if marks_words or last in self._specials or last[-1].isspace() else " "
 
 
 def is_vicuna(name: str, config: Any) -> bool:

@@ -161,11 +161,19 @@ class FrozenClip:
         """One modality: ``tokens``."""
         return {MODALITY: self._spec}
 
+    def view(self, frames: UInt8[np.ndarray, "b h w 3"]) -> UInt8[Tensor, "b 3 size size"]:
+        """The frames as the encoder sees them; on the CPU, in any thread."""
+        return self._resize(frames)
+
     def __call__(self, frames: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float[np.ndarray, "b P C"]]:
+        """``encode(view(frames))``."""
+        return self.encode(self.view(frames))
+
+    def encode(self, pictures: UInt8[Tensor, "b 3 size size"]) -> dict[str, Float[np.ndarray, "b P C"]]:
         """Tokens in the spec's dtype; a value beyond float16 becomes inf, which the store refuses by frame."""
         self._tower.eval()  # whoever called train() on it must not change the features
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
-            pixels = self._resize(frames).to(self._device).float().div(255)
+            pixels = pictures.to(self._device).float().div(255)
             pixels = ((pixels - self._mean) / self._std).to(self._compute)
             tokens = self._tower(pixels)  # [b, P, C]
             assert tuple(tokens.shape[1:]) == self._spec.frame_shape, (tokens.shape, self._spec.frame_shape)

@@ -73,6 +73,7 @@ class Teacher(nn.Module):
             # DiT was trained with frequencies exp(-ln(10000) i / 128); diffusers divides by 127, which is another
             # function at timesteps above 0 (2 % off at 261, 6 % at 999) and the same one at 0.
             block.norm1.emb.time_proj.downscale_freq_shift = 0
+        self._modulations: dict[tuple[int, int, int], list[Tensor]] = {}
 
     def latents(self, pictures: UInt8[Tensor, "b 3 h w"], *, sample: bool = False) -> Float[Tensor, "b c s s"]:
         """VAE latents × scaling factor, float32, of the size that the DiT was made for (it would take any)."""
@@ -87,12 +88,41 @@ class Teacher(nn.Module):
 
     def hidden(self, latents: Float[Tensor, "b c s s"], timestep: int, label: int) -> Iterator[Float[Tensor, "b n D"]]:
         """Token states after block 1, block 2, …"""
-        tau = torch.full((len(latents),), timestep, device=latents.device)
-        labels = torch.full((len(latents),), label, device=latents.device)
         tokens = self.dit.pos_embed(latents.to(self.dit.dtype))
-        for block in self.dit.transformer_blocks:
-            tokens = block(tokens, timestep=tau, class_labels=labels)
+        modulations = self.modulations(len(latents), timestep, label)
+        for block, modulation in zip(self.dit.transformer_blocks, modulations, strict=True):
+            tokens = _run_block(block, tokens, modulation)
             yield tokens
+
+    def modulations(self, batch: int, timestep: int, label: int) -> list[Float[Tensor, "b sixD"]]:
+        """What timestep and class add to each block: constants, computed once per batch size.
+
+        Per batch size, because a matrix product's last bits depend on its number of rows, and the features are to be
+        bit for bit those of the library's own forward. Where all rows are the same (always but in the smallest
+        batches), one is kept.
+        """
+        key = (batch, timestep, label)
+        if key not in self._modulations:
+            device = next(self.dit.parameters()).device
+            tau, labels = (torch.full((batch,), value, device=device) for value in (timestep, label))
+            tables = []
+            for block in self.dit.transformer_blocks:
+                norm = block.norm1
+                table = norm.linear(norm.silu(norm.emb(tau, labels, hidden_dtype=self.dit.dtype)))
+                same = bool((table == table[:1]).all())
+                tables.append(table[:1].clone().expand(batch, -1) if same else table)
+            self._modulations[key] = tables
+        return self._modulations[key]
+
+
+def _run_block(block: Any, tokens: Float[Tensor, "b n D"], modulation: Float[Tensor, "b sixD"]) -> Tensor:
+    """diffusers' ``BasicTransformerBlock`` with ada_norm_zero, bit for bit, given its modulation."""
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+    normed = block.norm1.norm(tokens) * (1 + scale[:, None]) + shift[:, None]
+    tokens = gate.unsqueeze(1) * block.attn1(normed) + tokens
+    normed = block.norm3(tokens) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+    out: Tensor = gate_mlp.unsqueeze(1) * block.ff(normed) + tokens
+    return out
 
 
 def _noise_of(pictures: UInt8[Tensor, "b 3 h w"], shape: torch.Size) -> Float[Tensor, "b c s s"]:
@@ -131,12 +161,20 @@ class FrozenDiT:
         """One modality per layer."""
         return dict(self._specs)
 
+    def view(self, frames: UInt8[np.ndarray, "b h w 3"]) -> UInt8[Tensor, "b 3 size size"]:
+        """The frames as the teacher sees them; on the CPU, in any thread."""
+        return self._resize(frames)
+
     def __call__(self, frames: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float[np.ndarray, "b ..."]]:
+        """``encode(view(frames))``."""
+        return self.encode(self.view(frames))
+
+    def encode(self, pictures: UInt8[Tensor, "b 3 size size"]) -> dict[str, Float[np.ndarray, "b ..."]]:
         """Pooled states in the spec's dtype; a value beyond float16 becomes inf, which the store refuses by frame."""
         self._teacher.eval()  # whoever called train() on it must not change the features
         pooled: dict[str, np.ndarray] = {}
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
-            latents = self._teacher.latents(self._resize(frames), sample=self._cfg.posterior == "sample")
+            latents = self._teacher.latents(pictures, sample=self._cfg.posterior == "sample")
             states = self._teacher.hidden(latents, self._cfg.timestep, self._label)
             for layer, tokens in enumerate(states, start=1):
                 name = modality(layer, self._cfg.grid)

@@ -2,7 +2,7 @@
 
 One task is one shard, or the shards of one long video. It is a pure function of (job, task) and publishes by itself,
 so it does not matter who runs it, how often, or in what order; a task that somebody else finished does nothing.
-Workers return a small report, never features.
+Workers return a small report, never features. How a task is worked off is in conveyor.py.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from cache_schema.plan import Segment, Task
+from cache_schema.plan import Task
 from cache_schema.spec import FeatureSpec
-from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult, write_tasks_together
+from cache_schema.store import FeatureStore
 from stages.config import PipelineConfig
 from stages.data.frames import open_source
-from stages.types import FrameSource, FrozenEncoder, VideoRejected
+from stages.extract.conveyor import run_tasks
+from stages.types import FrameSource, FrozenEncoder
 
 Progress = Callable[[int, int, str], None]
 TASKS_AHEAD = 2  # queued per Dask worker: enough to keep it busy, few enough that nothing is stolen and run twice
@@ -34,14 +35,14 @@ class Job:
 
     Args:
         config: the complete configuration.
-        builder: import string of the encoder's ``build`` (a line of pipeline.registry).
+        builders: import strings of the encoders' ``build`` (lines of pipeline.registry). All read the same frames.
         cache: path of the store.
         device: torch device of the encoder.
         help_command: what to type when the cache does not fit.
     """
 
     config: PipelineConfig
-    builder: str
+    builders: tuple[str, ...]
     cache: Path
     device: str
     help_command: str = ""
@@ -75,13 +76,22 @@ class ExtractionReport:
 
 
 @functools.lru_cache(maxsize=1)
-def worker(job: Job) -> tuple[FrameSource, FrozenEncoder, dict[str, FeatureStore]]:
-    """The open source, encoder and stores of this process; built once per job."""
+def worker(job: Job) -> tuple[FrameSource, tuple[FrozenEncoder, ...], dict[str, FeatureStore]]:
+    """The open source, encoders and stores of this process; built once per job."""
     source = open_source(job.config.data)
-    module, _, name = job.builder.partition(":")
+    encoders = tuple(_encoder(job, builder, source) for builder in job.builders)
+    return source, encoders, open_stores(job, _specs(encoders))
+
+
+def _encoder(job: Job, builder: str, source: FrameSource) -> FrozenEncoder:
+    module, _, name = builder.partition(":")
     build = getattr(importlib.import_module(module), name)
     encoder: FrozenEncoder = build(job.config, device=job.device, frame_rule=source.frame_rule, decoder=source.decoder)
-    return source, encoder, open_stores(job, encoder.specs)
+    return encoder
+
+
+def _specs(encoders: Sequence[FrozenEncoder]) -> dict[str, FeatureSpec]:
+    return {modality: spec for encoder in encoders for modality, spec in encoder.specs.items()}
 
 
 def open_stores(job: Job, specs: Mapping[str, FeatureSpec]) -> dict[str, FeatureStore]:
@@ -98,30 +108,16 @@ def open_stores(job: Job, specs: Mapping[str, FeatureSpec]) -> dict[str, Feature
     }
 
 
-def run_task(job: Job, task: Task, on_video: Callable[[str], None] = lambda _: None) -> dict[str, int]:
-    """Extract one task and publish it; returns counts only. Safe to run twice, and in two places at once."""
-    source, encoder, stores = worker(job)
-
-    def produce(segment: Segment) -> SegmentResult[Mapping[str, np.ndarray]]:
-        def batches() -> Iterator[Mapping[str, np.ndarray]]:
-            index = np.asarray(segment.frame_index)
-            try:
-                for frames in source.frames(segment.video_id, index, batch_size=job.config.extract.batch_size):
-                    yield encoder(frames)
-            except VideoRejected as rejected:
-                raise SegmentFailed(rejected.kind, rejected.reason) from rejected
-            finally:
-                on_video(segment.video_id)
-
-        return SegmentResult(batches(), facts=lambda: asdict(source.facts(segment.video_id)))
-
-    reports = write_tasks_together(stores, task, produce)
-    return {"videos": len(task.segments), "frames": max(report.frames for report in reports.values())}
+def run_task(job: Job, task: Task) -> dict[str, int]:
+    """Extract one task and publish it (on a Dask worker); returns counts only."""
+    source, encoders, stores = worker(job)
+    frames = run_tasks([task], source, encoders, stores, batch_size=job.config.extract.batch_size)
+    return {"videos": len(task.segments), "frames": frames}
 
 
 def specs_of(job: Job) -> dict[str, FeatureSpec]:
-    """The specs of the job's encoder (a Dask worker answers this, so that the client needs no copy of the weights)."""
-    return worker(job)[1].specs
+    """The specs of the job's encoders (a Dask worker answers this: the client needs no copy of the weights)."""
+    return _specs(worker(job)[1])
 
 
 def extract(
@@ -233,8 +229,9 @@ class _Engine:
                 done += 1
                 progress(min(done, total), total, video)
 
-            for task in tasks:
-                run_task(self.job, task, count)
+            source, encoders, stores = worker(self.job)
+            batch_size = self.job.config.extract.batch_size
+            run_tasks(tasks, source, encoders, stores, batch_size=batch_size, on_video=count)
             return
         from distributed import as_completed
 

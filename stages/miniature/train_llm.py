@@ -19,7 +19,8 @@ from stages.data.lvu import lvu_prompt
 from stages.data.msvd import PROMPT, clean_question
 from stages.miniature import LLM_FOLDER
 from stages.miniature.pictures import FIRST_HIDDEN_SEED
-from stages.miniature.world import VideoSpec, fine_questions, labels, questions, specs, statements
+from stages.miniature.sayings import fine_questions, questions, statements
+from stages.miniature.videos import VideoSpec, labels, specs
 
 Asked = tuple[str, str, str, str]  # the fact it rests on, its type, prompt, answer
 BINDING = ("who", "colors", "glow")
@@ -54,13 +55,17 @@ def asked(spec: VideoSpec, draw: random.Random) -> list[Asked]:
 def described(spec: VideoSpec, draw: random.Random, *, keep: float) -> tuple[str, set[str]]:
     """A description in random order with each fact kept at random, and the facts in it.
 
-    The facts that tie two things together (which colour has which shape) are kept more often: the hardest to learn.
+    The facts that tie two things together (which colour has which shape) are the hardest to learn: they are kept more
+    often, and the two ways to say that one are often said alone.
     """
-    kept = [
-        (fact, words)
+    said = {
+        fact: words
         for fact, words in statements(spec).items()
-        if draw.random() < (max(keep, 0.85) if fact in BINDING else keep)
-    ]
+        if draw.random() < (max(keep, 0.7) if fact in BINDING else keep)
+    }
+    if {"who", "colors"} <= said.keys() and draw.random() < 0.6:
+        del said[draw.choice(("who", "colors"))]
+    kept = list(said.items())
     draw.shuffle(kept)
     return " ".join(words for _, words in kept), {fact for fact, _ in kept}
 
@@ -134,15 +139,17 @@ def _batch(
     """Token ids [B, L], and where answers and descriptions are; padded on the right."""
     rows: list[tuple[list[int], list[int]]] = []  # ids; 0 prompt or padding, 1 answer, 2 description
     for spec in chosen:
-        text, facts = described(spec, draw, keep=draw.choice((0.05, 0.4, 0.95)))
+        text, facts = described(spec, draw, keep=draw.choice((0.2, 0.5, 0.95)))
         ids = list(encode(text))
         kinds = [2] * len(ids)
         answerable = [question for question in asked(spec, draw) if question[0] in facts]
         draw.shuffle(answerable)
-        answerable.sort(key=lambda question: question[0] in BINDING and draw.random() < 0.5, reverse=True)
-        chosen_questions = answerable[:5]
-        draw.shuffle(chosen_questions)
-        for _, _, prompt, answer in chosen_questions:
+        by_kind = {question[1]: question for question in answerable}  # one of a kind: the second would follow from it
+        hard = [question for question in by_kind.values() if question[0] in BINDING]
+        chosen_questions = {question[1]: question for question in (*hard[:2], *by_kind.values())}
+        order = list(chosen_questions.values())[:6]
+        draw.shuffle(order)
+        for _, _, prompt, answer in order:
             question, reply = [encode.bos, *encode(prompt)], [*encode(answer), encode.eos]
             ids += question + reply
             kinds += [0] * len(question) + [1] * len(reply)

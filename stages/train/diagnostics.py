@@ -185,12 +185,12 @@ def observe(student: Student, alignment: Alignment | None, batches: Iterable[Bat
     levels = range(1, student.cfg.num_layers + 2)
     with torch.no_grad(), evaluating(student):
         for batch in batches:
-            hidden = student(batch.f, batch.prompts, levels=levels, frames="all").hidden
+            hidden = student(batch.f, batch.prompts, levels=levels, frames="all", windows=batch.windows).hidden
             for u in levels:
                 parts.setdefault(("hidden", u), []).append(hidden[u].mean(2).float().cpu())
             if alignment is None or batch.y_star is None:
                 continue
-            target = alignment.normalised(batch.y_star.to(hidden[1].device))
+            target = alignment.normalised(batch.per_sample(batch.y_star).to(hidden[1].device))
             targets.append(target.float().cpu())
             for u in alignment.cfg.levels:
                 z = alignment.project(u, hidden[u])
@@ -278,13 +278,13 @@ def read_frames(student: Student, f: Float[Tensor, "B T P C"], prompts: Sequence
         starts = torch.zeros(len(f), num_frames, num_frames)
         for t in range(num_frames - 1):
             f_t = student.frame_features(f[:, t], t)
-            _, banks = student.qformer.step(queries, text_ids, text_keep, visual.followed_by(f_t), banks)
+            _, banks = student.qformer.step(queries, text_ids, text_keep, f_t, visual, banks)
             visual = visual.append(f_t)
             assert visual.sizes is not None
             starts[:, t + 1, : t + 1] = entry_starts(visual.sizes.cpu(), t + 1)
         f_t = student.frame_features(f[:, -1], num_frames - 1)
         with _listening(student) as heard:
-            student.qformer.step(queries, text_ids, text_keep, visual.followed_by(f_t), banks)
+            student.qformer.step(queries, text_ids, text_keep, f_t, visual, banks)
         mass = torch.stack([attention_mass(*call) for call in heard], 1)  # [B, X, S · P]
     sizes = torch.zeros(len(f), 0, f.shape[2]) if visual.sizes is None else visual.sizes.float().cpu()
     return Reading(sizes, mass.unflatten(2, (-1, f.shape[2])).cpu(), starts)
@@ -297,10 +297,10 @@ def _listening(student: Student) -> Any:
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, MultiHeadAttention)
-        heard.append((module, inputs[0], inputs[1]))
+        heard.append((module, inputs[0], torch.cat(tuple(inputs[1]), 1)))
 
-    blocks = [layer.crossattention for layer in student.qformer.layers]  # type: ignore[union-attr]
-    handles = [block.attention.register_forward_pre_hook(note) for block in blocks if block is not None]  # type: ignore[operator, union-attr]
+    blocks = [layer.crossattention for layer in student.qformer.layers if layer.crossattention is not None]
+    handles = [block.attention.register_forward_pre_hook(note) for block in blocks]
     try:
         yield heard
     finally:

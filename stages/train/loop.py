@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import Batch, CachedSamples
-from stages.train import diagnostics
+from stages.train import budget, diagnostics
 from stages.train.alignment import Alignment
 from stages.train.student import Student, num_aligned_frames
 from stages.types import Decoder
@@ -69,12 +69,24 @@ def make_schedule(cfg: TrainConfig, num_samples: int) -> Schedule:
     return Schedule(cfg, steps_per_epoch, min(total, cfg.max_steps) if cfg.max_steps else total)
 
 
-def batch_positions(cfg: TrainConfig, schedule: Schedule, num_samples: int, step: int) -> tuple[list[int], list[int]]:
-    """Sample positions of a step, and the frame draw of each, from (seed, epoch) alone."""
+def batch_positions(
+    cfg: TrainConfig, schedule: Schedule, num_samples: int, step: int, window_of: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Sample positions of a step, and the frame draw of each, from (seed, epoch) alone.
+
+    Args:
+        window_of: a number per sample, equal where samples ask about the same window. With it the windows are shuffled,
+            their samples stay together, and they use one draw of frames (D41). A batch may cut a window in two.
+    """
     epoch, inside = divmod(step, schedule.steps_per_epoch)
     rng = np.random.default_rng([cfg.seed, epoch])
     order = rng.permutation(num_samples)
     draws = rng.integers(0, 2**31, num_samples)
+    if window_of is not None:
+        windows = np.asarray(window_of)
+        rank = rng.permutation(int(windows.max()) + 1)
+        order = order[np.argsort(rank[windows[order]], kind="stable")]
+        draws = draws[windows]  # a window's number is below the number of samples
     chosen = order[inside * cfg.batch_size : (inside + 1) * cfg.batch_size]
     return chosen.tolist(), draws[chosen].tolist()
 
@@ -120,6 +132,13 @@ class Trainer:
             if parameter.requires_grad
         }
 
+    def autocast(self) -> torch.autocast:
+        """The student's precision."""
+        device = self.student.query_tokens.device.type
+        if self.cfg.precision == "bfloat16" and device != "cuda":
+            raise ValueError("train.precision=bfloat16 is for CUDA; on the CPU it is slower than float32")
+        return torch.autocast(device, torch.bfloat16, enabled=self.cfg.precision == "bfloat16")
+
     def accumulate(self, batch: Batch, *, answer_tokens: int, num_samples: int) -> dict[str, float]:
         """Add the gradients of one micro-batch of a step over ``num_samples`` samples with ``answer_tokens`` in all.
 
@@ -127,12 +146,14 @@ class Trainer:
         the gradients do not depend on how it is cut.
         """
         aligned = self.alignment is not None
-        out = self.student(
-            batch.f,
-            batch.prompts,
-            levels=self.align_cfg.levels if aligned else (),
-            frames=self.align_cfg.frames if aligned else "last",
-        )
+        with self.autocast():
+            out = self.student(
+                batch.f,
+                batch.prompts,
+                levels=self.align_cfg.levels if aligned else (),
+                frames=self.align_cfg.frames if aligned else "last",
+                windows=batch.windows,
+            )
         nll, _ = self.decoder.loss_sum(out.prefix, batch.prompts, batch.answers)
         loss = nll / answer_tokens
         logged = {"loss_ce": float(nll.detach()) / answer_tokens}
@@ -140,7 +161,8 @@ class Trainer:
             if batch.y_star is None:
                 raise ValueError("alignment needs teacher targets; this batch has none")
             wanted = num_aligned_frames(self.align_cfg.frames, batch.f.shape[1])
-            y_star = batch.y_star[:, -wanted:].to(out.prefix.device)
+            y_star = batch.y_star[:, -wanted:]
+            y_star = (y_star if batch.windows is None else y_star[list(batch.windows)]).to(out.prefix.device)
             kd, share = self.alignment(out.hidden, y_star), len(batch.samples) / num_samples
             loss = loss + self.cfg.lambda_kd * share * kd.total
             logged["loss_kd"] = float(kd.total.detach()) * share
@@ -154,14 +176,25 @@ class Trainer:
         loss.backward()
         return logged
 
+    def micro_batch(self, data: CachedSamples, batch_size: int) -> int:
+        """Samples per forward: the setting, or what the memory budget allows."""
+        if self.cfg.micro_batch or not self.cfg.memory:
+            return self.cfg.micro_batch or batch_size
+        longest = max(sample.draws.shape[1] for sample in data.samples)
+        wanted = num_aligned_frames(self.align_cfg.frames, longest) if self.alignment is not None else 1
+        text = self.student.tokenize([sample.prompt for sample in data.samples])[0].shape[1]
+        shape = budget.Shape(longest, wanted, *data.tokens.spec.frame_shape, text)
+        return min(batch_size, budget.largest_batch(self.student, shape, budget.parse_bytes(self.cfg.memory)))
+
     def step(self, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, float]:
         """One optimiser step; returns what is logged: losses, gradient norm, learning rate."""
-        positions, draws = batch_positions(self.cfg, schedule, len(data), step)
+        window_of = data.window_of() if self.cfg.group_windows else None
+        positions, draws = batch_positions(self.cfg, schedule, len(data), step, window_of)
         lr = schedule.lr(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        size = self.cfg.micro_batch or len(positions)
+        size = self.micro_batch(data, len(positions))
         answer_tokens = self.decoder.count_answer_tokens([data.samples[i].answer for i in positions])
         totals: dict[str, float] = {}
         with torch.random.fork_rng(devices=[]):

@@ -52,6 +52,24 @@ def test_evaluation_takes_the_first_draw_and_repeats_are_allowed(stores: dict[st
     assert batch.y_star is None
 
 
+def test_frames_that_several_samples_share_are_read_once(
+    stores: dict[str, makers.FeatureStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = {"ant": ([0, 3, 9], [0, 3, 6]), "elk": ([0, 2, 4], [0, 2, 6])}
+    shared = [sample(f"q{i}", video, frames[video][i // 4]) for i, video in enumerate(["elk", "ant"] * 3)]
+    data = CachedSamples(shared, stores["tokens"])
+    alone = torch.cat([data.batch([i]).f for i in range(6)])
+    read, real = [], makers.FeatureStore.read
+
+    def count(self: makers.FeatureStore, video: str, index: np.ndarray, **options: np.ndarray) -> np.ndarray:
+        read.append((video, index.tolist()))
+        return real(self, video, index, **options)
+
+    monkeypatch.setattr(makers.FeatureStore, "read", count)
+    assert torch.equal(data.batch(range(6)).f, alone)
+    assert read == [("elk", [0, 2, 4]), ("ant", [0, 3, 9]), ("elk", [0, 2, 6]), ("ant", [0, 3, 6])]
+
+
 def test_mean_and_covariance_of_the_targets_count_every_distinct_frame_once(
     stores: dict[str, makers.FeatureStore],
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from stages.data.samples import Batch
 from stages.decode import llm
-from stages.decode.evaluate import ClosedSets, evaluate, read_predictions, rescore, resume
+from stages.decode.evaluate import ClosedSets, by_window, evaluate, read_predictions, rescore, resume
 from stages.decode.metrics import score
 from stages.types import Sample
 from tests.decode.conftest import WIDTH
@@ -74,6 +75,29 @@ def test_every_sample_is_answered_and_written_in_order(decoder: llm.CausalLM, tm
     assert progress == [2, 5, 6]
 
 
+def test_questions_of_a_window_come_together_and_are_answered_as_one_by_one(
+    decoder: llm.CausalLM, tmp_path: Path
+) -> None:
+    texts = ["who?", "a longer question: where?", "who?", "why"]
+    asked = [replace(sample(i % 3), sample_id=f"q{i}", video_id=f"v{i % 3}", prompt=texts[i % 4]) for i in range(12)]
+    asked.append(replace(asked[1], sample_id="again", answer="wife"))  # the same question about the same frames
+    alone = evaluate(Student(), decoder, [batch(s) for s in asked], write=tmp_path / "alone.jsonl")
+    order = by_window(asked, range(len(asked)))
+    assert sorted(order) == list(range(13))
+    assert [asked[i].video_id for i in order] == ["v0"] * 4 + ["v1"] * 5 + ["v2"] * 4
+    student, batches = Student(), [batch(*(asked[i] for i in order[at : at + 5])) for at in (0, 5, 10)]
+    together = evaluate(student, decoder, batches, write=tmp_path / "together.jsonl")
+    assert sorted(together, key=str) == sorted(alone, key=str)
+    assert len({p.beams for p in alone}) > 6
+    pairs = {(s.video_id, s.prompt) for s in asked}
+    assert len(student.asked) == len(pairs) == 9  # 13 samples, and no pair of window and question twice
+
+
+def test_the_order_of_reading_is_over_what_is_asked_for_only() -> None:
+    asked = [replace(sample(i % 2), sample_id=str(i), prompt="x" * (9 - i)) for i in range(6)]
+    assert by_window(asked, [1, 2, 4, 5]) == [5, 1, 4, 2]
+
+
 def test_a_stopped_evaluation_goes_on_where_it_was(decoder: llm.CausalLM, tmp_path: Path) -> None:
     whole, path = tmp_path / "whole.jsonl", tmp_path / "predictions.jsonl"
     expected = evaluate(Student(), decoder, BATCHES, write=whole)
@@ -96,7 +120,7 @@ def test_a_half_written_line_is_answered_again(decoder: llm.CausalLM, tmp_path: 
     again = Student()
     assert evaluate(again, decoder, BATCHES, write=path) == expected
     assert path.read_bytes() == whole.read_bytes()
-    assert again.asked == ["s2", "s3", "s4", "s5"]  # whole batches: one of the second was done and is not asked twice
+    assert again.asked == ["s3", "s4", "s5"]  # of the second batch, one was done
 
 
 def test_a_finished_evaluation_asks_nothing(decoder: llm.CausalLM, tmp_path: Path) -> None:
@@ -184,10 +208,19 @@ class Parrot:
     def loss_sum(self, prefix: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, int]:
         raise AssertionError(f"evaluation needs no loss: {prefix.shape}, {prompts}, {answers}")
 
+    def loss_per_sample(self, prefix: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+        raise AssertionError(f"evaluation needs no loss: {prefix.shape}, {prompts}, {answers}")
+
+    def score_answers(self, prefix: Tensor, prompts: Sequence[str], candidates: Sequence[str]) -> Tensor:
+        raise AssertionError(f"evaluation ranks nothing: {prefix.shape}, {prompts}, {candidates}")
+
     def count_answer_tokens(self, answers: Sequence[str]) -> int:
         return len(answers)
 
-    def generate(self, prefix: Tensor, prompts: Sequence[str]) -> list[list[str]]:
+    def generate(
+        self, prefix: Tensor, prompts: Sequence[str], *, allowed: Sequence[str] | None = None
+    ) -> list[list[str]]:
+        assert allowed is None
         return [[prompt] for prompt, _ in zip(prompts, prefix, strict=True)]
 
     def unreachable(self, answers: Sequence[str]) -> list[str]:

@@ -41,7 +41,8 @@ def make_job() -> Callable[..., Job]:
             presets.miniature(),
             ["data.name=clips", f"data.videos={videos}", "data.annotations=", "extract.shard_frames=16", *sets],
         )
-        return Job(config, BUILDERS[which], cache, "cpu")
+        names = ("clip", "teacher") if which == "both" else (which,)
+        return Job(config, tuple(BUILDERS[name] for name in names), cache, "cpu")
 
     return make
 

@@ -50,7 +50,7 @@ def attempt(job: Job, delay: float | None) -> bool:
 def main() -> None:
     """See the module's text."""
     config, store, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    job = Job(PipelineConfig.model_validate_json(config.read_text()), BUILDERS["clip"], store, "cpu")
+    job = Job(PipelineConfig.model_validate_json(config.read_text()), (BUILDERS["clip"],), store, "cpu")
     started = time.monotonic()
     attempt(job, None)
     whole = time.monotonic() - started

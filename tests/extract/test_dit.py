@@ -46,6 +46,32 @@ def test_the_cut_teacher_is_bitwise_what_diffusers_loads_with_fewer_layers(pipel
     assert (encoder(frames())["pooled/layer8"] == theirs).all()
 
 
+@pytest.mark.parametrize("timestep", [0, 261])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7])
+def test_the_constant_conditioning_is_bitwise_the_librarys_own(pipeline: Path, batch: int, timestep: int) -> None:
+    # The library's blocks on the same weights in memory: where weights lie changes the last bits of a batch of one.
+    teacher: Any = build(pipeline)._teacher  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        latents = torch.randn(batch, 4, 8, 8)
+        tokens = teacher.dit.pos_embed(latents)
+        tau, labels = torch.full((batch,), timestep), torch.full((batch,), 10)
+        for _ in range(2):  # computed, then taken from what is kept
+            theirs = tokens
+            for block, ours in zip(teacher.dit.transformer_blocks, teacher.hidden(latents, timestep, 10), strict=True):
+                theirs = block(theirs, timestep=tau, class_labels=labels)
+                assert (ours == theirs).all()
+
+
+def test_the_conditioning_is_computed_once_per_batch_size(pipeline: Path) -> None:
+    encoder: Any = build(pipeline)
+    calls: list[int] = []
+    for block in encoder._teacher.dit.transformer_blocks:
+        block.norm1.linear.register_forward_hook(lambda _m, _i, out: calls.append(len(out)))
+    for batch in (5, 5, 2, 5, 2):
+        encoder(frames(batch))
+    assert calls == [5] * 8 + [2] * 8
+
+
 def test_several_layers_in_one_pass_are_bitwise_the_layers_alone(pipeline: Path) -> None:
     together = build(pipeline, layers=(12, 3, 8))
     features = together(frames())

@@ -20,10 +20,10 @@ from pipeline.runs import RunFolder
 from tests.pipeline.conftest import EXTRACTED, Composed
 
 COMMANDS = (
-    *("extract-clip", "extract-teacher", "train-student", "evaluate", "baselines"),
-    *("compare", "diagnose", "report", "synth"),
+    *("extract", "extract-clip", "extract-teacher", "train-student", "evaluate"),
+    *("baselines", "compare", "diagnose", "report", "tour"),
 )
-STAGE_COMMANDS = COMMANDS[:4]
+STAGE_COMMANDS = COMMANDS[:5]
 GOLDEN = Path(__file__).parent.parent / "golden"
 HEAVY = ("torch", "transformers", "diffusers", "open_clip", "zarr", "numpy", "rich", "av")
 
@@ -87,7 +87,7 @@ def test_help_ends_with_an_example_that_parses(command: str) -> None:
     assert "\n" not in example
     words = example.split()
     assert words[0] == command or not command
-    if words[0] in ("extract-clip", "extract-teacher", "train-student"):
+    if words[0] in ("extract", "extract-clip", "extract-teacher", "train-student"):
         done = run(*words, "--dry-run", "--json")
         assert done.exit_code == 0, done.output
 
@@ -134,6 +134,13 @@ def test_extraction_without_options_is_the_miniature_inline_on_all_splits(compos
     assert config == presets.get("miniature")
     assert (seen["which"], seen["workers"], seen["splits"]) == ("clip", 0, [])
     assert seen["cache"] == Path("cache/miniature/features")
+
+
+def test_one_command_extracts_both(composed: Composed, tmp_path: Path) -> None:
+    assert run_cpu("extract", "--out", str(tmp_path)).exit_code == 0
+    ((_, (config,), seen),) = composed.calls
+    assert (config, seen["which"]) == (presets.get("miniature"), "both")
+    assert (tmp_path / "extract.json").is_file()
 
 
 def test_training_goes_to_a_run_folder_named_after_the_preset(composed: Composed) -> None:

@@ -60,8 +60,7 @@ def run_extraction(config: PipelineConfig, which: str, cache: Path) -> dict[str,
 def cache(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both extractors' features of the world."""
     path = tmp_path_factory.mktemp("cache") / "features"
-    for which in ("clip", "teacher"):
-        assert run_extraction(configure(), which, path)["failed"] == 0
+    assert run_extraction(configure(), "both", path)["failed"] == 0
     return path
 
 
@@ -165,13 +164,13 @@ def test_a_dry_run_of_lvu_relationship_needs_annotations_only(shared_data: Path,
         presets.get("lvu-relationship"), [f"data.annotations={shared_data}/annotations/lvu", "data.videos=absent"]
     )
     options = QUIET | {"dry_run": True}
-    tokens = compose.extract(config, which="clip", cache=tmp_path, workers=0, retry_failed=False, splits=[], **options)
+    common = {"cache": tmp_path, "workers": 0, "retry_failed": False, "splits": [], **options}
+    tokens = compose.extract(config, which="clip", **common)
     assert (tokens["videos"], tokens["frames"]) == (228, 28_080)
     assert tokens["bytes"] == 28_080 * 257 * 1408 * 2  # 20.3 GB
-    teacher = compose.extract(
-        config, which="teacher", cache=tmp_path, workers=0, retry_failed=False, splits=[], **options
-    )
+    teacher = compose.extract(config, which="teacher", **common)
     assert teacher["bytes"] == 28_080 * 1152 * 4
+    assert compose.extract(config, which="both", **common)["bytes"] == tokens["bytes"] + teacher["bytes"]
     training = compose.train(config, cache=tmp_path, out=tmp_path / "run", **options)
     assert (training["samples"], training["steps_per_epoch"], training["steps"]) == (298, 4, 80)
 

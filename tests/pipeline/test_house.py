@@ -143,7 +143,7 @@ def test_a_second_start_installs_nothing(copy: Path) -> None:
     assert "-r requirements.lock" in log
     assert "--no-deps" in log
     commands = [line.split()[:2] for line in first.stdout.splitlines()]
-    assert [words[1] for words in commands] == ["synth", "extract-clip", "extract-teacher", "train-student", "evaluate"]
+    assert [words[1] for words in commands] == ["synth", "extract", "train-student", "evaluate"]
     assert run_script(copy, PATH=path).returncode == 0
     assert (copy / "pip.log").read_text() == log
 
@@ -177,8 +177,7 @@ def test_other_settings_and_presets_reach_the_commands(copy: Path) -> None:
     path = str(tools(copy, **{"python3.12": FAKE_PYTHON}))
     done = run_script(copy, PATH=path, PRESET="lvu-year", SET="--set a.b=c", OUT="runs/mine")
     assert done.stdout.splitlines() == [
-        "pipeline extract-clip --preset lvu-year --set a.b=c",
-        "pipeline extract-teacher --preset lvu-year --set a.b=c",
+        "pipeline extract --preset lvu-year --set a.b=c",
         "pipeline train-student --preset lvu-year --set a.b=c --out runs/mine",
         "pipeline evaluate --run runs/mine",
     ]
@@ -188,7 +187,7 @@ def test_failed_videos_do_not_stop_the_job_and_a_stale_cache_does(copy: Path) ->
     path = str(tools(copy, **{"python3.12": FAKE_PYTHON}))
     assert run_script(copy, PATH=path).returncode == 0
     for code, expected in ((3, 0), (4, 4)):
-        script = f'#!/bin/bash\n[ "$1" != extract-clip ] || exit {code}\n'
+        script = f'#!/bin/bash\n[ "$1" != extract ] || exit {code}\n'
         (copy / ".venv" / "bin" / "pipeline").write_text(script)
         assert run_script(copy, PATH=path).returncode == expected
 

@@ -222,14 +222,15 @@ def test_the_attention_read_is_the_attention_that_made_the_prefix(
     make_student: Callable[..., Student], features: Callable[..., torch.Tensor]
 ) -> None:
     """With the last block's values replaced by one-hot rows, its output would be the mass: recomputed here by hand."""
-    student, f = make_student(num_layers=1), features(2, 6)
+    student, f = make_student(num_layers=1, evaluation="reference"), features(2, 6)
     reading = read_frames(student, f, ["who runs ?", "what is the scene ?"])
     block = student.qformer.layers[0].crossattention.attention  # type: ignore[index]
     heard: list[Any] = []
     handle = block.register_forward_hook(lambda _module, inputs, output: heard.append((*inputs, output)))
     student(f, ["who runs ?", "what is the scene ?"])
     handle.remove()
-    states, source, _, output = heard[-1]
+    states, sources, _, _, output = heard[-1]
+    source = torch.cat(sources, 1)
     q, k, v = (layer(x).double() for layer, x in ((block.query, states), (block.key, source), (block.value, source)))
     mass = torch.zeros(2, source.shape[1], dtype=torch.float64)
     again = torch.zeros_like(output)
@@ -268,8 +269,10 @@ def test_what_is_observed_is_what_the_loss_sees(make_student: Callable[..., Stud
     whole = cached.batch(range(7))
     seen = observe(student, alignment, [cached.batch(range(4)), cached.batch(range(4, 7))])
     assert student.training  # as before
-    hidden = student.eval()(whole.f, whole.prompts, levels=(3, 5), frames="all").hidden
-    loss = alignment(hidden, whole.y_star)
+    assert whole.y_star is not None
+    y_star = whole.per_sample(whole.y_star)
+    hidden = student.eval()(whole.per_sample(whole.f), whole.prompts, levels=(3, 5), frames="all").hidden
+    loss = alignment(hidden, y_star)
     for u in (3, 5):
         assert float(seen.cosine()[u].mean()) == pytest.approx(-float(loss.per_level[u]), abs=1e-5)
         assert float(seen.w[u].mean()) == pytest.approx(float(loss.weights[u]), abs=1e-5)
@@ -277,7 +280,7 @@ def test_what_is_observed_is_what_the_loss_sees(make_student: Callable[..., Stud
     logged = scalars(seen)
     assert logged["probe/cos/5"] == pytest.approx(-float(loss.per_level[5]), abs=1e-5)
     assert logged["probe/constant"] == pytest.approx(
-        constant_cosine((whole.y_star - torch.arange(6.0)).flatten(0, 1)), abs=1e-6
+        constant_cosine((y_star - torch.arange(6.0)).flatten(0, 1)), abs=1e-6
     )
     last = scalars(seen, last_frames=1)
     assert last["probe/cos/5"] == pytest.approx(float(seen.cosine()[5][:, -1].mean()), abs=1e-6)

@@ -75,9 +75,10 @@ def test_dropout_is_on_and_a_different_seed_gives_another_run(make_trainer: Make
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
     make_trainer: MakeTrainer, cached: CachedSamples, micro_batch: int
 ) -> None:
+    """Under dropout too: a sample's masks do not depend on its batch."""
     gradients, logs = [], []
     for size in (0, micro_batch):
-        trainer = make_trainer(batch_size=7, micro_batch=size)
+        trainer = make_trainer(batch_size=7, micro_batch=size, dropout=0.1)
         for module in trainer.modules.values():
             module.double()
         trainer.decoder.model.double()  # type: ignore[attr-defined]
@@ -155,6 +156,32 @@ def test_every_epoch_shows_every_sample_once_in_an_order_of_its_own() -> None:
     assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 2
     assert epochs[0] != epochs[1]
     assert batch_positions(cfg, schedule, 8, 4) == batch_positions(cfg, schedule, 8, 4)
+
+
+def test_grouped_questions_of_a_window_stay_together_and_share_a_draw() -> None:
+    cfg = TrainConfig(batch_size=4, drop_last=False, epochs=2, group_windows=True)
+    window_of = [0, 1, 2, 0, 1, 2, 0, 1]
+    schedule = make_schedule(cfg, 8)
+    orders = []
+    for epoch in range(2):
+        steps = [batch_positions(cfg, schedule, 8, 2 * epoch + s, window_of) for s in range(2)]
+        positions, draws = ([x for step in steps for x in step[k]] for k in range(2))
+        assert sorted(positions) == list(range(8))
+        windows = [window_of[i] for i in positions]
+        assert len([w for w, before in zip(windows, [None, *windows], strict=False) if w != before]) == 3
+        assert len(set(zip(windows, draws, strict=True))) == 3
+        orders.append(positions)
+    assert orders[0] != orders[1]
+
+
+def test_the_evaluations_give_one_training_curve(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    """Dropout included: the masks do not depend on the order in which layers and steps are visited."""
+    curves = []
+    for evaluation in ("parallel", "reference"):
+        trainer = make_trainer(dropout=0.1)
+        trainer.student.cfg = trainer.student.cfg.model_copy(update={"evaluation": evaluation})
+        curves.append([record["loss_ce"] for record in run(trainer, cached)[0]])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
 def test_malmm_schedule_warms_up_inside_the_first_epoch_and_steps_down_per_epoch() -> None:

@@ -200,6 +200,7 @@ class VideoDecoder:
     def __init__(self, limits: VideoLimits, *, fps: float) -> None:
         self.limits, self.fps = limits, fps
         self.idle: list[DecoderProcess] = []
+        self.busy: set[DecoderProcess] = set()
 
     @contextlib.contextmanager
     def process(self) -> Iterator[DecoderProcess]:
@@ -211,6 +212,7 @@ class VideoDecoder:
         while not process.alive:
             process.kill()
             process = self.idle.pop() if self.idle else DecoderProcess()
+        self.busy.add(process)
         try:
             yield process
         except OutOfTime:
@@ -225,6 +227,8 @@ class VideoDecoder:
         except BaseException:
             process.kill()
             raise
+        finally:
+            self.busy.discard(process)
         self.idle.append(process)
 
     def request(self, op: str, part: VideoPart, index: list[int]) -> Message:
@@ -299,9 +303,12 @@ class VideoDecoder:
             return " ".join(f"{name} {process.libraries.get(name, '?')}" for name in names)
 
     def close(self) -> None:
-        """End the processes that wait for a video."""
+        """End all processes. One that another thread reads from is gone for that thread (``decoder_crashed``)."""
         while self.idle:
             self.idle.pop().kill()
+        for process in tuple(self.busy):
+            if process.owner == os.getpid():  # in a forked copy of us it is not ours to end
+                process.popen.kill()  # only that: the pipes are closed by whoever waits for them
 
 
 def as_rejected(answer: Message) -> Rejected:
