@@ -278,7 +278,10 @@ def ablate(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     vary: Annotated[
-        list[str] | None, typer.Option("--vary", metavar="KEY=V,V,…", help="A setting and its values, such as train.lambda_kd=0,1,10; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--vary", metavar="KEY=V,V,…", help="A setting and its values, such as train.lambda_kd=0,1,10; repeatable."
+        ),
     ] = None,
     zipped: Annotated[bool, typer.Option("--zip", help="Pair the values one by one instead of all with all.")] = False,
     study: Annotated[
@@ -365,6 +368,64 @@ def tour(
         with Progress() as progress:
             result = run_tour(config, cache=cache, out=out, processes=processes or processes_here(), progress=progress)
         _show("tour", result, False, as_json)
+
+
+@app.command(epilog="Example:  pipeline diagnose --run runs/slower --samples 128")
+def diagnose(
+    cache: CacheOption = None,
+    run: EvaluatedRunOption = None,
+    split: SplitOption = "test",
+    samples: Annotated[
+        int, typer.Option("--samples", min=4, metavar="N", help="Evenly spaced samples that are looked at.")
+    ] = 64,
+    checkpoint: CheckpointOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Look into a finished student: alignment per level and frame, memory banks, attention, operations."""
+    with guard(debug=debug, as_json=as_json):
+        run = run or Path("runs") / "miniature"
+        config, _ = _run_config(run, "", None)
+        cache = _cache(cache, config)
+        _compose(dry_run=False)
+        from pipeline.diagnose import diagnose as look
+        from pipeline.progress import Progress
+
+        with Progress() as progress:
+            result = look(
+                run,
+                cache=cache,
+                split=split,
+                samples=samples,
+                checkpoint=checkpoint or "",
+                device=_device(device, False),
+                progress=progress,
+            )
+        _show("diagnose", result, False, as_json)
+
+
+@app.command(epilog="Example:  pipeline report runs/ablation --out ablation.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of run folders.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The page. [default: report.html in the first RUN]")
+    ] = None,
+    videos: Annotated[
+        int, typer.Option("--videos", min=0, metavar="N", help="Questions shown one by one, with their frames.")
+    ] = 6,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Put runs on one page: the answer, the paper's tables beside ours, the diagnostics, single questions, the cost."""
+    with guard(debug=debug, as_json=as_json):
+        _compose(dry_run=False)
+        from pipeline.progress import Progress
+        from pipeline.report.build import report as build
+
+        with Progress() as progress:
+            result = build(runs, out=out, shown=videos, progress=progress)
+        _show("report", result, False, as_json)
 
 
 @app.command(epilog="Example:  pipeline compare runs/lambda-0 runs/lambda-1")
@@ -521,6 +582,8 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
             "ablate": results.show_ablation,
             "ablate-status": results.show_ablation,
             "tour": results.show_tour,
+            "diagnose": results.show_diagnosis,
+            "report": results.show_report,
             "compare": results.show_comparison,
             "synth": results.show_synth,
         }[command](result)

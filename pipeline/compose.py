@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from stages.decode.evaluate import evaluate as answer
 from stages.decode.metrics import is_correct
 from stages.extract.run import Job
 from stages.extract.run import extract as run_extraction
+from stages.train import diagnostics
 from stages.train.alignment import Alignment
 from stages.train.loop import Log, Save, Trainer, make_schedule, module_weights
 from stages.train.loop import train as run_training
@@ -147,18 +149,35 @@ def train(
     trainer = build_trainer(config, train_set, device)
     state = resume_run(run, trainer)
     total = make_schedule(config.train, len(train_set)).total_steps
-    with recording(run, first_step=state["step"], total=total) as (log, save):
-        summary = run_training(
-            trainer,
-            train_set,
-            log=log,
-            save=save,
-            first_step=state["step"],
-            best=state["best"],
-            validate=validation(config, dataset, stores, cache, trainer),
-            progress=progress,
-        )
-    return summary | {"run": str(out), "dropped": data.dropped, "warnings": list(dataset.warnings)}
+    begun, done = _now(), state["step"]
+    try:
+        with recording(run, first_step=state["step"], total=total) as (log, save):
+
+            def counted(record: dict[str, Any]) -> None:
+                nonlocal done
+                log(record)
+                done = record["step"]
+
+            summary = run_training(
+                trainer,
+                train_set,
+                log=counted,
+                save=save,
+                first_step=state["step"],
+                best=state["best"],
+                validate=validation(config, dataset, stores, cache, trainer),
+                progress=progress,
+            )
+    finally:
+        if done > state["step"]:
+            read = (done - state["step"]) * min(config.train.batch_size, len(train_set)) * _sample_bytes(config, stores)
+            run.note_session(
+                {"command": "train-student", "first_step": state["step"], "steps": done}
+                | {"bytes_read": read, "features": _fingerprints(stores), **_cost_since(begun)}
+            )
+    alarm = diagnostics.saturation(run.metrics()) if config.align.weights == "adaptive" else None
+    warnings = [*dataset.warnings, *([str(alarm)] if alarm is not None else [])]
+    return summary | {"run": str(out), "dropped": data.dropped, "warnings": warnings}
 
 
 def resume_run(run: RunFolder, trainer: Trainer) -> dict[str, Any]:
@@ -191,6 +210,31 @@ def recording(run: RunFolder, *, first_step: int, total: int) -> Iterator[tuple[
         yield log, save
     finally:
         board.close()
+
+
+def _now() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
+def _cost_since(begun: tuple[float, float]) -> dict[str, float]:
+    """Seconds on the clock, and of this process's threads."""
+    seconds, cpu_seconds = (now - then for now, then in zip(_now(), begun, strict=True))
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds}
+
+
+def _sample_bytes(config: PipelineConfig, stores: Sequence[FeatureStore]) -> int:
+    """What one sample takes in the cache, all modalities that are read."""
+    frame = sum(int(np.prod(s.spec.frame_shape)) * np.dtype(s.spec.dtype).itemsize for s in stores)
+    return config.data.num_frames * frame
+
+
+def _fingerprints(stores: Sequence[FeatureStore]) -> dict[str, dict[str, Any]]:
+    """Which features were read: enough to find out whether two runs read the same ones."""
+    return {
+        store.modality: {"digest": store.spec.digest(), "encoder": store.spec.encoder, "weights": store.spec.weights}
+        | {"layer": store.spec.layer, "dtype": store.spec.dtype, "frame_shape": list(store.spec.frame_shape)}
+        for store in stores
+    }
 
 
 def build_trainer(config: PipelineConfig, data: CachedSamples, device: str, decoder: Decoder | None = None) -> Trainer:
@@ -388,6 +432,7 @@ def evaluate(
     found = available_samples(config, samples, stores, cache, split)
     data = samples_from(found.samples, stores[0])
     loaded = run.load_checkpoint(checkpoint or "")
+    begun = _now()
     decoder = decoder or build_decoder(config, device)
     student = build_student(config, stores[0].spec.frame_shape[-1], decoder.width, device).eval()
     student.load_state_dict(module_weights("student", loaded.tensors), strict=True)
@@ -405,6 +450,8 @@ def evaluate(
         run=made_by,
         closed=_closed_sets(config, dataset, found.samples),
     )
+    if todo:
+        run.note_session({"command": "evaluate", "split": split, "samples": len(todo), **_cost_since(begun)})
     report = scoring.report(dataset, samples, found, split, write)
     never = decoder.unreachable([sample.answer for sample in found.samples])
     if never:

@@ -175,6 +175,28 @@ def _with_interval(part: Result) -> str:
     return f"{100 * part['top1']:.1f}  ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def show_diagnosis(result: Result) -> None:
+    """Cosine, centred cosine and constant per level."""
+    if result["cosine"]:
+        table = _table("level", "cosine", "above constant", "centred")
+        for level, cosine in result["cosine"].items():
+            above = cosine - result["constant"]
+            table.add_row(level, f"{cosine:.3f}", f"{above:+.3f}", f"{result['centred'][level]:.3f}")
+        _print(f"Alignment of {printable(result['checkpoint'])} on {result['samples']} samples:", table)
+        _say(f"One constant vector gets a cosine of {result['constant']:.3f}.")
+    _say(f"Mean similarity between levels (linear CKA): {_cell(result['similarity_of_levels'])}")
+    _say(f"In {result['diagnostics']}; pipeline report draws it.")
+
+
+def show_report(result: Result) -> None:
+    """The answer of every study, what is missing, and where the page is."""
+    for answer in result["answers"]:
+        _say(answer)
+    for lack in result["missing"]:
+        _say(f"missing: {lack['what']} of {len(lack['runs'])} runs; {lack['command']}")
+    _say(f"{result['runs']} runs on one page: {result['page']} ({size(result['bytes'])})")
+
+
 def show_comparison(result: Result) -> None:
     """Every variant, then every pair."""
     table = _table("", "n", "correct", "top-1", "95 % interval", "seeds", "sd over seeds")

@@ -7,6 +7,8 @@
     metrics.jsonl        one record per optimiser step
     tensorboard/         the same as event files
     predictions.jsonl    written by evaluate
+    diagnostics.json     written by diagnose
+    sessions.jsonl       what each start cost: seconds, bytes read, and which features it read
     checkpoints/
         step-000120/     tensors.safetensors, state.json
         latest.json      the commit: names the newest whole checkpoint
@@ -84,6 +86,11 @@ class RunFolder:
         """Where evaluate writes what the model said."""
         return self.path / "predictions.jsonl"
 
+    @property
+    def diagnostics(self) -> Path:
+        """Where diagnose writes what it saw."""
+        return self.path / "diagnostics.json"
+
     @classmethod
     def create(cls, path: Path, config: PipelineConfig) -> RunFolder:
         """Make the folder, or open the one that an earlier start of the same run made.
@@ -119,16 +126,19 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record. Numbers that are not finite become null, so that every line is JSON."""
-        _cut_half_line(self.metrics_path)
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+        _append(self.metrics_path, record)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole records."""
-        if not self.metrics_path.exists():
-            return []
-        *lines, _half = self.metrics_path.read_text().split("\n")
-        return [json.loads(line) for line in lines]
+        return _read_lines(self.metrics_path)
+
+    def note_session(self, record: Mapping[str, Any]) -> None:
+        """Append what one start of a command did and cost. Unlike metrics this is never rewound: lost work cost too."""
+        _append(self.path / "sessions.jsonl", record)
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """All whole records, oldest first."""
+        return _read_lines(self.path / "sessions.jsonl")
 
     def rewind(self, step: int) -> None:
         """Forget records after ``step``: a resumed run makes them again."""
@@ -355,6 +365,19 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _step_of(folder: Path) -> int:
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    _cut_half_line(path)
+    with path.open("a") as file:
+        file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    *lines, _half = path.read_text().split("\n")
+    return [json.loads(line) for line in lines]
 
 
 def _finite(value: Any) -> Any:

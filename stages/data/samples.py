@@ -31,6 +31,10 @@ class Batch:
     y_star: Float[Tensor, "V T *D"] | None
     windows: tuple[int, ...] | None = None
 
+    def per_sample(self, rows: Float[Tensor, "V T *D"]) -> Float[Tensor, "B T *D"]:
+        """``f`` or ``y_star`` with one row per sample instead of one per window."""
+        return rows if self.windows is None else rows[list(self.windows)]
+
     @property
     def prompts(self) -> list[str]:
         """Prompt per sample."""

@@ -87,6 +87,15 @@ class Alignment(nn.Module):
             assert target_covariance is not None
             self.register_buffer("whitening", whitening_of(target_covariance))
 
+    def normalised(self, y_star: Float[Tensor, "B T *D"]) -> Float[Tensor, "B T Z"]:
+        """The target as the loss sees it: flattened, and without its common part where D4 says so."""
+        target = y_star.flatten(2).to(self.target_mean.dtype)
+        if self.cfg.target_norm != "none":
+            target = target - self.target_mean
+        if self.cfg.target_norm == "whiten":
+            target = target @ self.whitening
+        return target
+
     def project(self, level: int, hidden: Float[Tensor, "B T Q E"]) -> Float[Tensor, "B T D"]:
         """z = mean over the queries of h_phi(h) (D2)."""
         out: Tensor = self.heads[str(level)](hidden).mean(dim=2)
@@ -108,11 +117,7 @@ class Alignment(nn.Module):
             hidden: query states of every configured level at the aligned frames.
             y_star: teacher targets of the same frames; a grid is flattened.
         """
-        target = y_star.flatten(2).to(self.target_mean.dtype)
-        if self.cfg.target_norm != "none":
-            target = target - self.target_mean
-        if self.cfg.target_norm == "whiten":
-            target = target @ self.whitening
+        target = self.normalised(y_star)
         total = target.new_zeros(())
         per_level: dict[int, Tensor] = {}
         weights: dict[int, Tensor] = {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import Batch, CachedSamples
-from stages.train import budget
+from stages.train import budget, diagnostics
 from stages.train.alignment import Alignment
 from stages.train.student import Student, num_aligned_frames
 from stages.types import Decoder
@@ -226,6 +226,14 @@ class Trainer:
         self.optimizer.step()
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
+    def probe(self, data: CachedSamples) -> dict[str, float]:
+        """Diagnostics on the first training samples, always the same ones; no trained number depends on it."""
+        looked_at = range(min(diagnostics.PROBE_SAMPLES, len(data)))
+        size = self.cfg.micro_batch or len(looked_at)
+        batches = (data.batch(looked_at[first : first + size]) for first in looked_at[::size])
+        seen = diagnostics.observe(self.student, self.alignment, batches)
+        return diagnostics.scalars(seen, last_frames=num_aligned_frames(self.align_cfg.frames, seen.hidden[1].shape[1]))
+
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights and optimiser moments as flat named tensors; on the CPU they are the live ones, so write them now."""
         tensors = {
@@ -310,6 +318,9 @@ def train(
             record["val_top1"] = accuracy = validate()
             trainer.student.train()
             is_best, best = accuracy > best, max(accuracy, best)
+        size = trainer.cfg.batch_size
+        if diagnostics.probe_due(done, schedule.total_steps, batch_size=size, num_samples=len(data)):
+            record |= trainer.probe(data)
         log(record)
         progress(done, schedule.total_steps, f"loss {last['loss_ce']:.3f}")
         due = done % trainer.cfg.save_every == 0 if trainer.cfg.save_every else epoch_ends

@@ -182,9 +182,7 @@ def test_a_second_start_does_nothing_and_says_so(
     assert len(re.findall(r"^ +lambda_kd=", shown.stdout, re.MULTILINE)) == 5
 
 
-def test_more_seeds_are_added_to_what_is_there(
-    configure: Configure, cache: Path, tmp_path: Path
-) -> None:
+def test_more_seeds_are_added_to_what_is_there(configure: Configure, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(configure(), cache, out, vary=["train.lambda_kd=0,1"], seeds="0")
     first = Ledger.open(out).rows
