@@ -29,7 +29,7 @@ TEAL, ORANGE, ALARM = "#1b6b78", "#c2622d", "#b3261e"
 SERIES = (TEAL, ORANGE, "#5a5fa8", "#7a8c2e", "#9a4a78", "#4a6fa5", "#8a6d3b", "#3f7d58")
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f7f9f9", "#cfe1e2", "#86b5ba", "#3d8792", "#0f4852"])
 WIDE, NARROW = 6.0, 3.9  # inches: a whole row, and half of one; on a phone each panel takes a row
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "text.parse_math": False,
@@ -72,7 +72,7 @@ def svg(figure: Figure, name: str, description: str) -> Markup:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with mpl.rc_context({"svg.hashsalt": name}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -284,7 +284,7 @@ def heat(
     low, high = limits or (float(values.min()), float(values.max()))
     few = values.size <= 400
     lines = {"edgecolor": PAPER, "linewidth": 0.6} if few else {"rasterized": True}
-    mesh = ax.pcolormesh(values, cmap=HEAT, vmin=low, vmax=max(high, low + 1e-6), **lines)  # type: ignore[arg-type]
+    mesh = ax.pcolormesh(values, cmap=HEAT, vmin=low, vmax=max(high, low + 1e-6), **lines)
     every = math.ceil(len(labels) / 14)
     ax.set_yticks([i + 0.5 for i in range(0, len(labels), every)], list(labels[::every]))
     ax.invert_yaxis()
@@ -304,7 +304,7 @@ def _bar(figure: Figure, ax: Axes, mesh: Any, unit: str) -> None:
     ax.tick_params(length=0)
     bar = figure.colorbar(mesh, ax=ax, pad=0.02, aspect=18)
     bar.set_label(unit)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _masked(rows: Sequence[Sequence[float | None]]) -> Any:
@@ -332,7 +332,7 @@ def shares(lines: Sequence[Line], colors: Colors, *, name: str) -> Picture:
 @styled
 def under_strip(cosine: Sequence[Line], attention: Sequence[Line], colors: Colors, *, name: str) -> Picture:
     """One column per frame: cosine with the teacher, and the share of the last attention."""
-    panels = []
+    panels: list[Markup] = []
     for title, lines, scale in (("Cosine with the teacher", cosine, 1), ("Share of the attention (%)", attention, 100)):
         if lines:
             figure, ax = canvas(NARROW, 1.75)

@@ -104,7 +104,7 @@ def _score(variant: Variant | None, scores: Scores) -> Cell:
 
 def _table_1(studies: Sequence[Study], scores: Scores) -> Table:
     world = any(study.config.data.name == WORLD for study in studies)
-    columns = ("MA-LMM, paper", "Diff-LMM, paper", "MA-LMM, ours", "Diff-LMM, ours")
+    columns: tuple[str, ...] = ("MA-LMM, paper", "Diff-LMM, paper", "MA-LMM, ours", "Diff-LMM, ours")
     columns += ("small world: MA-LMM", "small world: Diff-LMM") if world else ()
     rows = []
     for task, name, n, base, diff in zip(TASKS, TASK_NAMES, WINDOWS, TABLE_1_MALMM, TABLE_1_DIFFLMM, strict=True):

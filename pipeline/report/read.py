@@ -173,7 +173,8 @@ def _read(root: Path, folder: Path) -> Run:
         return Run(folder, name, seed, settings, None, tuple(said), missing=tuple(missing))
     run = RunFolder.open(folder)
     settings = flatten(run.config)
-    seed = settings.pop("train.seed")
+    del settings["train.seed"]
+    seed = run.config.train.seed
     records = part(run.metrics_path, run.metrics, "a training log", f"pipeline train-student --out {quoted}", [])
     said = part(answers, lambda: read_predictions(answers), "answers", f"pipeline evaluate --run {quoted}", [])
     seen = part(
