@@ -193,7 +193,8 @@ def _batched(count: int, work: Path, _out: Path, steps: int) -> dict[str, Any]:
     config = _config(work, steps)
     stores = open_stores(config, work / "features", aligned=True)
     dataset = compose.load_dataset(config)
-    batch = CachedSamples(dataset.samples("train"), *stores).batch(range(config.train.batch_size))
+    data = CachedSamples(dataset.samples("train"), *stores)
+    batch = data.batch(range(min(len(data), config.train.batch_size)))
     decoder: Any = compose.build_decoder(config, "cpu")
     size, width = config.student.num_queries, decoder.width
     prefixes = torch.randn(count, len(batch.samples), size, width, generator=torch.Generator().manual_seed(0))
