@@ -7,6 +7,7 @@ stopped after any step continues bit for bit (on CPU).
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import Batch, CachedSamples
 from stages.train import budget
 from stages.train.alignment import Alignment
-from stages.train.student import Student, num_aligned_frames
+from stages.train.student import Student, last_frames, num_aligned_frames
 from stages.types import Decoder
 
 Log = Callable[[dict[str, Any]], None]
@@ -91,6 +92,23 @@ def batch_positions(
     return chosen.tolist(), draws[chosen].tolist()
 
 
+def micro_batches(count: int, size: int, windows: Sequence[int] | None = None) -> list[slice]:
+    """Neighbours of a batch that run together, at most ``size`` of them.
+
+    Questions about one window stay together, so that they share its projections, unless they alone are more than that.
+    """
+    runs = [1] * count if windows is None else [len(list(run)) for _, run in itertools.groupby(windows)]
+    ends = [0]
+    filled = 0
+    for run in runs:
+        if ends[-1] < filled and filled + run > ends[-1] + size:
+            ends.append(filled)
+        filled += run
+        while filled - ends[-1] > size:
+            ends.append(ends[-1] + size)
+    return [slice(first, end) for first, end in itertools.pairwise([*ends, count]) if first < end]
+
+
 def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """Decay for matrices; none for biases and vectors (MA-LMM: ``ndim < 2`` or a bias)."""
     decay: list[nn.Parameter] = []
@@ -153,6 +171,7 @@ class Trainer:
                 levels=self.align_cfg.levels if aligned else (),
                 frames=self.align_cfg.frames if aligned else "last",
                 windows=batch.windows,
+                lengths=batch.lengths,
             )
         nll, _ = self.decoder.loss_sum(out.prefix, batch.prompts, batch.answers)
         loss = nll / answer_tokens
@@ -160,10 +179,13 @@ class Trainer:
         if self.alignment is not None:
             if batch.y_star is None:
                 raise ValueError("alignment needs teacher targets; this batch has none")
-            wanted = num_aligned_frames(self.align_cfg.frames, batch.f.shape[1])
-            y_star = batch.y_star[:, -wanted:]
-            y_star = (y_star if batch.windows is None else y_star[list(batch.windows)]).to(out.prefix.device)
-            kd, share = self.alignment(out.hidden, y_star), len(batch.samples) / num_samples
+            lengths = batch.lengths or (batch.f.shape[1],) * len(batch.f)
+            counts = [num_aligned_frames(self.align_cfg.frames, length) for length in lengths]
+            y_star = last_frames(batch.y_star, lengths, max(counts))
+            if batch.windows is not None:
+                y_star, counts = y_star[list(batch.windows)], [counts[window] for window in batch.windows]
+            kd = self.alignment(out.hidden, y_star.to(out.prefix.device), counts if batch.lengths else None)
+            share = len(batch.samples) / num_samples
             loss = loss + self.cfg.lambda_kd * share * kd.total
             logged["loss_kd"] = float(kd.total.detach()) * share
             for level in self.align_cfg.levels:
@@ -199,8 +221,9 @@ class Trainer:
         totals: dict[str, float] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.seed * 1_000_003 + step)  # dropout masks: a function of (seed, step)
-            for first in range(0, len(positions), size):
-                batch = data.batch(positions[first : first + size], draws[first : first + size])
+            windows = None if window_of is None else [window_of[i] for i in positions]
+            for part in micro_batches(len(positions), size, windows):
+                batch = data.batch(positions[part], draws[part])
                 parts = self.accumulate(batch, answer_tokens=answer_tokens, num_samples=len(positions))
                 for key, value in parts.items():
                     totals[key] = totals.get(key, 0.0) + value
