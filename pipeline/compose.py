@@ -367,7 +367,7 @@ def validation(
         correct = 0
         for batch in _batches(data, range(len(data)), config.decode.batch_size):
             with torch.inference_mode():
-                prefix = trainer.student(batch.f, batch.prompts, windows=batch.windows).prefix
+                prefix = trainer.student(batch.f, batch.prompts, windows=batch.windows, lengths=batch.lengths).prefix
                 beams = trainer.decoder.generate(prefix, batch.prompts)
             rule = dataset.answer_rule
             correct += sum(is_correct(b[0], s.answer, rule) for b, s in zip(beams, batch.samples, strict=True) if b)
@@ -442,7 +442,7 @@ def evaluate(
     todo = by_window(data.samples, (i for i, s in enumerate(data.samples) if s.sample_id not in answered))
     progress(len(answered), len(data), split)
     answer(
-        lambda batch: student(batch.f, batch.prompts, windows=batch.windows).prefix,
+        lambda batch: student(batch.f, batch.prompts, windows=batch.windows, lengths=batch.lengths).prefix,
         decoder,
         _batches(data, todo, config.decode.batch_size),
         write=write,

@@ -24,12 +24,14 @@ class Batch:
         f: CLIP tokens in the dtype of the cache.
         y_star: teacher targets; None when no teacher is read.
         windows: row of ``f`` and ``y_star`` that each sample asks about; None = row b for sample b.
+        lengths: frames of each row where they differ; the rest of the row is zeros. None = all T.
     """
 
     samples: tuple[Sample, ...]
     f: Float[Tensor, "V T P C"]
     y_star: Float[Tensor, "V T *D"] | None
     windows: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
 
     def per_sample(self, rows: Float[Tensor, "V T *D"]) -> Float[Tensor, "B T *D"]:
         """``f`` or ``y_star`` with one row per sample instead of one per window."""
@@ -136,7 +138,10 @@ class CachedSamples:
         firsts = [windows.index(row) for row in range(len(rows))]
         videos, index = [chosen[i] for i in firsts], [frames[i] for i in firsts]
         pooled = None if self.pooled is None else _stack(self.pooled, videos, index)
-        return Batch(chosen, _stack(self.tokens, videos, index), pooled, windows)
+        lengths = tuple(map(len, index))
+        return Batch(
+            chosen, _stack(self.tokens, videos, index), pooled, windows, lengths if len(set(lengths)) > 1 else None
+        )
 
     def target_moments(self) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
         """Mean and covariance of y* over the distinct frames of these samples, from sums in float64 (D4)."""
@@ -157,14 +162,9 @@ class CachedSamples:
         return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(covariance.astype(np.float32))
 
 
-def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[np.ndarray, " T"]]) -> Tensor:
-    """One array [B, T, …] filled in place; of samples with the same frames the first is read and the others copied."""
-    out = np.empty((len(samples), len(frames[0]), *store.spec.frame_shape), dtype=store.spec.dtype)
-    first: dict[tuple[str, bytes], int] = {}
+def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[np.ndarray, " _"]]) -> Tensor:
+    """One array [V, T, …] filled in place, zeros after the end of shorter ones."""
+    out = np.zeros((len(samples), max(map(len, frames)), *store.spec.frame_shape), dtype=store.spec.dtype)
     for row, (sample, index) in enumerate(zip(samples, frames, strict=True)):
-        same = first.setdefault((sample.video_id, index.tobytes()), row)
-        if same == row:
-            store.read(sample.video_id, index, out=out[row])
-        else:
-            out[row] = out[same]
+        store.read(sample.video_id, index, out=out[row, : len(index)])
     return torch.from_numpy(out)

@@ -201,10 +201,11 @@ def _part(batch: Batch, rows: list[int]) -> Batch:
     """Some samples of a batch, with the windows that they ask about and no others."""
     samples = tuple(batch.samples[row] for row in rows)
     if len(rows) == len(batch.samples):
-        return Batch(samples, batch.f, None, batch.windows)
+        return Batch(samples, batch.f, None, batch.windows, batch.lengths)
     read = [row if batch.windows is None else batch.windows[row] for row in rows]
     kept = list(dict.fromkeys(read))
-    return Batch(samples, batch.f[kept], None, tuple(kept.index(window) for window in read))
+    lengths = None if batch.lengths is None else tuple(batch.lengths[row] for row in kept)
+    return Batch(samples, batch.f[kept], None, tuple(kept.index(window) for window in read), lengths)
 
 
 def _window(sample: Sample) -> tuple[str, bytes]:

@@ -33,7 +33,6 @@ class Past:
 
     first: int
     values: Float[Tensor, "B R N C"]  # what each slot holds, not projected
-    projected: Float[Tensor, "2 H R N d"]
 
 
 def bank_attention(
@@ -72,15 +71,18 @@ def stacked(projection: tuple[nn.Linear, nn.Linear]) -> tuple[Float[Tensor, "G C
 
 
 @torch.no_grad()
-def bank_after(
-    x: Float[Tensor, "T B N C"], plan: MergePlan, projection: tuple[nn.Linear, nn.Linear] | None, num_heads: int
-) -> Float[Tensor, "z H R N d"]:
-    """What every slot holds when the first len(x) frames are in the bank: projected keys and values, or x itself."""
-    parts = 1 if projection is None else 2
-    frames = x if projection is None else F.linear(x, *stacked(projection))
-    frames = split_heads(frames, num_heads, parts)
-    *_, (_, buffer) = _walk(frames, _Places(plan, num_heads, parts), 0, None, len(x))  # one buffer, run to the end
-    return buffer
+def bank_after(x: Float[Tensor, "T B N C"], plan: MergePlan) -> Float[Tensor, "B R N C"]:
+    """What every slot holds when the first len(x) frames are in the bank."""
+    *_, (_, buffer) = _walk(split_heads(x, 1), _Places(plan, 1, 1), 0, None, len(x))  # one buffer, run to the end
+    return buffer[0]
+
+
+def _projected(
+    values: Float[Tensor, "B R N C"], weight: Tensor, bias: Tensor, num_heads: int
+) -> Float[Tensor, "2 H R N d"]:
+    """Keys and values of a bank: a few entries, where the frames that they are means of are many."""
+    entries = split_heads(F.linear(values.transpose(0, 1), weight, bias), num_heads, 2)
+    return entries.permute(1, 2, 0, 3, 4).contiguous()
 
 
 class _InPlace(torch.autograd.Function):
@@ -110,9 +112,10 @@ class _InPlace(torch.autograd.Function):
         queries = split_heads(q, num_heads)[:, 0].to(kv.dtype)
         mask = None if keep is None else _padding_mask(keep, plan.num_slots, kv.dtype)
         places, first = _Places(plan, num_heads, 2), 0 if past is None else past.first
+        start = None if past is None else _projected(past.values, weight, bias, num_heads)
         out = torch.empty_like(queries)
         tokens = kv.shape[3]
-        for t, buffer in _walk(kv, places, first, past, first + len(x)):
+        for t, buffer in _walk(kv, places, first, start, first + len(x)):
             used = plan.slots_at(t) * tokens
             keys, values = buffer.flatten(2, 3)[:, :, :used]
             part = None if mask is None else mask[..., :used]
@@ -123,22 +126,20 @@ class _InPlace(torch.autograd.Function):
             else:
                 probs = _probabilities(queries[step] * queries.shape[-1] ** -0.5, keys, part, num_heads)
                 out[step] = torch.bmm(probs.mul_(factors(step)[..., :used]), values)
-        start = () if past is None else (past.values, past.projected)
-        ctx.save_for_backward(queries, x, weight, kv, out, mask, *start)
+        ctx.save_for_backward(queries, x, weight, kv, out, mask, start, None if past is None else past.values)
         ctx.places, ctx.num_heads, ctx.detach, ctx.factors, ctx.first = places, num_heads, detach, factors, first
         ctx.dtypes = q.dtype, weight.dtype
         return join_heads(out[:, None], num_heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        queries, x, weight, kv, out, mask, *start = ctx.saved_tensors
+        queries, x, weight, kv, out, mask, start, past_values = ctx.saved_tensors
         places, num_heads, factors, first = ctx.places, ctx.num_heads, ctx.factors, ctx.first
-        past = Past(first, *start) if start else None
         grad_out = split_heads(grads[0], num_heads)[:, 0].to(kv.dtype)
         grad_q = torch.empty_like(queries)
         gathered = _Gathered(kv, places, first)
         scale, tokens = queries.shape[-1] ** -0.5, kv.shape[3]
-        for t, buffer in _walk(kv, places, first, past, first + len(x)):
+        for t, buffer in _walk(kv, places, first, start, first + len(x)):
             used, step = places.plan.slots_at(t) * tokens, t - first
             keys, values = buffer.flatten(2, 3)[:, :, :used]
             q = queries[step] * scale
@@ -155,15 +156,16 @@ class _InPlace(torch.autograd.Function):
             _add_product(gathered.keys[:, :used], grad_scores.mT, q)
             _add_product(gathered.values[:, :used], probs.mT, grad_out[step])
             gathered.end_step(t)
-        current, everything, entries = gathered.finish(past)
+        current, everything, entries = gathered.finish()
         to_x = current if ctx.detach else everything
         grad_x = None
         if ctx.needs_input_grad[1]:
             grad_x = torch.matmul(join_heads(to_x, num_heads).to(kv.dtype), weight.to(kv.dtype)).to(x.dtype)
         rows, columns = join_heads(everything, num_heads).flatten(0, -2), x.reshape(-1, x.shape[-1])
-        if entries is not None and past is not None:
+        if past_values is not None:
             rows = torch.cat([rows, join_heads(entries, num_heads).flatten(0, -2)])
-            columns = torch.cat([columns, past.values.transpose(0, 1)[: len(entries)].reshape(-1, x.shape[-1])])
+            held = past_values.transpose(0, 1)[: len(entries)]
+            columns = torch.cat([columns, held.reshape(-1, x.shape[-1])])
         rows = rows.to(columns.dtype)
         grad_weight, grad_bias = (rows.mT @ columns).to(ctx.dtypes[1]), rows.sum(0).to(ctx.dtypes[1])
         grad_q = join_heads(grad_q[:, None], num_heads).to(ctx.dtypes[0])
@@ -209,18 +211,21 @@ class _Places:
 
 
 def _walk(
-    frames: Float[Tensor, "T z H N d"], places: _Places, first: int, past: Past | None, stop: int
+    frames: Float[Tensor, "T z H N d"],
+    places: _Places,
+    first: int,
+    start: Float[Tensor, "z H R N d"] | None,
+    stop: int,
 ) -> Iterator[tuple[int, Float[Tensor, "z H R N d"]]]:
     """Per step t the buffer that it attends to, bank and current frame; valid until the next step.
 
-    ``frames[0]`` is frame ``first``. After the last step the buffer is as the next step would find it.
+    ``frames[0]`` is frame ``first``, and ``start`` the bank that it finds. After the last step the buffer is as the
+    next step would find it.
     """
     plan = places.plan
     _, parts, heads, tokens, size = frames.shape
-    if past is None:
-        buffer = frames.new_zeros((parts, heads, plan.num_slots, tokens, size))
-    else:
-        buffer = past.projected.to(frames.dtype).clone()
+    empty = (parts, heads, plan.num_slots, tokens, size)
+    buffer = frames.new_zeros(empty) if start is None else start.clone()
     rows, weight = buffer.view(-1, size), places.weight.to(frames.dtype)
     for t in range(first, stop):
         if t <= plan.max_len:
@@ -263,9 +268,7 @@ class _Gathered:
                 rows.index_copy_(0, row, slots.index_select(0, place))
                 slots.index_fill_(0, place, 0)
 
-    def finish(
-        self, past: Past | None
-    ) -> tuple[Float[Tensor, "T 2 H N d"], Float[Tensor, "T 2 H N d"], Float[Tensor, "R 2 H N d"] | None]:
+    def finish(self) -> tuple[Float[Tensor, "T 2 H N d"], Float[Tensor, "T 2 H N d"], Float[Tensor, "R 2 H N d"]]:
         """Gradient per frame at its own step, per frame over all paths, and per entry of the bank at the start."""
         places, plan = self.places, self.places.plan
         rows = self.rows.view(-1, self.rows.shape[-1])
@@ -277,10 +280,8 @@ class _Gathered:
             merged = self.rows[plan.num_frames + j].view(-1, rows.shape[-1])
             rows.index_add_(0, self.kept_row[j], merged * weight[j])
             rows.index_add_(0, self.freed_row[j], merged * (1 - weight[j]))
-        entries = None
-        if past is not None:
-            held = plan.rows_at(self.first)[: self.first]  # slots from ``first`` on are still empty
-            entries = rows.index_select(0, places.in_table(held).flatten()).view(len(held), *self.rows.shape[1:])
+        held = plan.rows_at(self.first)[: self.first]  # slots from ``first`` on are still empty
+        entries = rows.index_select(0, places.in_table(held).flatten()).view(len(held), *self.rows.shape[1:])
         return self.current, self.rows[self.first : self.first + len(self.current)].add_(self.current), entries
 
 

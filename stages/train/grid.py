@@ -8,6 +8,7 @@ its weights after any step are bit-equal to those of ``loop.train`` alone (on CP
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -138,6 +139,7 @@ def _turns(
     first = members[0].trainer
     answers = [data.samples[i].answer for positions, _ in cuts for i in positions]
     answer_tokens = first.decoder.count_answer_tokens(answers)
+    starts = list(itertools.accumulate((len(positions) for positions, _ in cuts), initial=0))
     for part, cut in enumerate(cuts):
         batch = _on_device(data.batch(*cut), first.student.query_tokens.device)
         for entrant in list(members):
@@ -146,7 +148,7 @@ def _turns(
                 batch,
                 is_last=part == len(cuts) - 1,
                 step=step,
-                part=part,
+                first=starts[part],
                 answer_tokens=answer_tokens,
                 num_samples=len(answers),
             )
@@ -248,7 +250,7 @@ def step_bytes(trainer: Trainer, data: CachedSamples) -> int:
     trainer.student.train()
     with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
         trainer.accumulate(
-            batch, step=0, part=0, answer_tokens=1, num_samples=sum(len(positions) for positions, _ in cuts)
+            batch, step=0, first=0, answer_tokens=1, num_samples=sum(len(positions) for positions, _ in cuts)
         )
     gradients = sum(p.grad.nbytes for p in trainer.trainable().values() if p.grad is not None)
     trainer.optimizer.zero_grad(set_to_none=True)

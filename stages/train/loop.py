@@ -7,6 +7,7 @@ that was stopped after any step continues bit for bit (on CPU), and runs may tak
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,8 @@ from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import Batch, CachedSamples
 from stages.train import budget, diagnostics
 from stages.train.alignment import Alignment
-from stages.train.student import Student, num_aligned_frames
+from stages.train.noise import Noise
+from stages.train.student import Student, last_frames, num_aligned_frames
 from stages.types import Decoder
 
 Log = Callable[[dict[str, Any]], None]
@@ -91,6 +93,23 @@ def batch_positions(
     return chosen.tolist(), draws[chosen].tolist()
 
 
+def micro_batches(count: int, size: int, windows: Sequence[int] | None = None) -> list[slice]:
+    """Neighbours of a batch that run together, at most ``size`` of them.
+
+    Questions about one window stay together, so that they share its projections, unless they alone are more than that.
+    """
+    runs = [1] * count if windows is None else [len(list(run)) for _, run in itertools.groupby(windows)]
+    ends = [0]
+    filled = 0
+    for run in runs:
+        if ends[-1] < filled and filled + run > ends[-1] + size:
+            ends.append(filled)
+        filled += run
+        while filled - ends[-1] > size:
+            ends.append(ends[-1] + size)
+    return [slice(first, end) for first, end in itertools.pairwise([*ends, count]) if first < end]
+
+
 def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """Decay for matrices; none for biases and vectors (MA-LMM: ``ndim < 2`` or a bias)."""
     decay: list[nn.Parameter] = []
@@ -146,15 +165,19 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def accumulate(
-        self, batch: Batch, *, step: int, part: int, answer_tokens: int, num_samples: int
+        self, batch: Batch, *, step: int, first: int, answer_tokens: int, num_samples: int
     ) -> dict[str, float]:
-        """Add the gradients of micro-batch ``part`` of a step over ``num_samples`` samples, ``answer_tokens`` in all.
+        """Add the gradients of the micro-batch that starts with sample ``first`` of the ``num_samples`` of a step.
+
+        All of them together have ``answer_tokens`` answer tokens.
 
         L_ce is a mean over answer tokens (Eq. 8, D21), L_kd over samples and frames (D8), both of the whole batch: so
-        the gradients do not depend on how it is cut. Dropout masks depend on (seed, step, part) alone.
+        the gradients do not depend on how it is cut. Neither do dropout masks: sample i of a step draws the i-th
+        seed of a stream that (seed, step) begins.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, step, part]).generate_state(1, np.uint64)[0]))
+            torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, step]).generate_state(1, np.uint64)[0]))
+            Noise.draw(first, 0.0)  # those of the samples before
             return self._accumulate(batch, answer_tokens, num_samples)
 
     def _accumulate(self, batch: Batch, answer_tokens: int, num_samples: int) -> dict[str, float]:
@@ -166,6 +189,7 @@ class Trainer:
                 levels=self.align_cfg.levels if aligned else (),
                 frames=self.align_cfg.frames if aligned else "last",
                 windows=batch.windows,
+                lengths=batch.lengths,
             )
         nll, _ = self.decoder.loss_sum(out.prefix, batch.prompts, batch.answers)
         loss = nll / answer_tokens
@@ -173,10 +197,13 @@ class Trainer:
         if self.alignment is not None:
             if batch.y_star is None:
                 raise ValueError("alignment needs teacher targets; this batch has none")
-            wanted = num_aligned_frames(self.align_cfg.frames, batch.f.shape[1])
-            y_star = batch.y_star[:, -wanted:]
-            y_star = (y_star if batch.windows is None else y_star[list(batch.windows)]).to(out.prefix.device)
-            kd, share = self.alignment(out.hidden, y_star), len(batch.samples) / num_samples
+            lengths = batch.lengths or (batch.f.shape[1],) * len(batch.f)
+            counts = [num_aligned_frames(self.align_cfg.frames, length) for length in lengths]
+            y_star = last_frames(batch.y_star, lengths, max(counts))
+            if batch.windows is not None:
+                y_star, counts = y_star[list(batch.windows)], [counts[window] for window in batch.windows]
+            kd = self.alignment(out.hidden, y_star.to(out.prefix.device), counts if batch.lengths else None)
+            share = len(batch.samples) / num_samples
             loss = loss + self.cfg.lambda_kd * share * kd.total
             logged["loss_kd"] = float(kd.total.detach()) * share
             for level in self.align_cfg.levels:
@@ -204,8 +231,8 @@ class Trainer:
         window_of = data.window_of() if self.cfg.group_windows else None
         positions, draws = batch_positions(self.cfg, schedule, len(data), step, window_of)
         size = self.micro_batch(data, len(positions))
-        parts = [slice(first, first + size) for first in range(0, len(positions), size)]
-        return [(positions[part], draws[part]) for part in parts]
+        windows = None if window_of is None else [window_of[i] for i in positions]
+        return [(positions[part], draws[part]) for part in micro_batches(len(positions), size, windows)]
 
     def step(self, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, float]:
         """One optimiser step; returns what is logged: losses, gradient norm, learning rate."""
@@ -214,10 +241,19 @@ class Trainer:
         answer_tokens = self.decoder.count_answer_tokens(answers)
         totals: dict[str, float] = {}
         self.begin(schedule.lr(step))
-        for part, cut in enumerate(cuts):
-            batch = data.batch(*cut)
-            found = self.accumulate(batch, step=step, part=part, answer_tokens=answer_tokens, num_samples=len(answers))
-            add(totals, found)
+        first = 0
+        for positions, draws in cuts:
+            add(
+                totals,
+                self.accumulate(
+                    data.batch(positions, draws),
+                    step=step,
+                    first=first,
+                    answer_tokens=answer_tokens,
+                    num_samples=len(answers),
+                ),
+            )
+            first += len(positions)
         return totals | self.finish()
 
     def finish(self) -> dict[str, float]:

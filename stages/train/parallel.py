@@ -114,7 +114,7 @@ def hidden_states(
 
 def _visual_past(frames: Frames) -> Tensor | None:
     """Means of the frames in the visual bank where the graph sets in, [V, R, P, C]."""
-    return bank_after(frames.past, frames.plan, None, 1)[0] if frames.first else None
+    return bank_after(frames.past, frames.plan) if frames.first else None
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,9 @@ class _Layer:
         noise = None if self.noise is None else self.noise.at(first=first)
         bank = visual_bank = None
         if past is not None:
-            inner = self.layer.attention.attention
-            values = bank_after(past, plan, None, 1)[0]
-            bank = Past(first, values, bank_after(past, plan, (inner.key, inner.value), inner.num_heads))
+            bank = Past(first, bank_after(past, plan))
             if self.layer.crossattention is not None and self.visual_past is not None:
-                inner = self.layer.crossattention.attention
-                projected = bank_after(frames.past, frames.plan, (inner.key, inner.value), inner.num_heads)
-                visual_bank = Past(first, self.visual_past, projected)
+                visual_bank = Past(first, self.visual_past)
         return self._run(now, frames.now, plan, noise, bank, visual_bank)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from stages import weights
@@ -47,6 +47,15 @@ def num_aligned_frames(frames: Frames, num_frames: int) -> int:
     if frames == "all":
         return num_frames
     return min(1 if frames == "last" else frames, num_frames)
+
+
+def last_frames(x: Shaped[Tensor, "B T *rest"], lengths: Sequence[int], count: int) -> Shaped[Tensor, "B F *rest"]:
+    """The last ``count`` = F of each sample's own frames; a shorter sample's first one is repeated in front."""
+    if all(length == x.shape[1] for length in lengths):
+        return x[:, -count:]
+    ends = torch.tensor(lengths, device=x.device)[:, None]
+    steps = ends - count + torch.arange(count, device=x.device)
+    return x[torch.arange(len(x), device=x.device)[:, None], steps.clamp_min(0)]
 
 
 class Student(nn.Module):
@@ -113,6 +122,7 @@ class Student(nn.Module):
         levels: Iterable[int] = (),
         frames: Frames = "last",
         windows: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> StudentOutput:
         """Run the frames in order and read the last one's queries.
 
@@ -123,6 +133,9 @@ class Student(nn.Module):
             frames: at which frames they are wanted: all, last, or the last k. Earlier frames are run without a graph:
                 the banks are detached, so nothing could flow back from them.
             windows: which row of ``f`` each sample asks about, where several ask about one; default row b for sample b.
+            lengths: frames of each row of ``f``, where they differ. What follows a row's last frame is padding: later
+                frames reach nothing earlier, so no number depends on it. ``hidden`` holds as many frames as the longest
+                sample wants, each sample's last one at the end.
 
         Raises:
             ValueError: more frames than PE has rows, a level that does not exist, or samples without frames.
@@ -132,13 +145,19 @@ class Student(nn.Module):
         self.check(num_frames, levels)
         if len(windows) != len(prompts) or sorted(set(windows)) != list(range(len(f))):
             raise ValueError(f"{len(prompts)} prompts, windows {list(windows)}: each of {len(f)} must be asked about")
-        wanted = num_aligned_frames(frames, num_frames)
+        if lengths is not None and (len(lengths) != len(f) or not all(1 <= n <= num_frames for n in lengths)):
+            raise ValueError(f"lengths {list(lengths)}: each of {len(f)} windows has 1 to {num_frames} frames")
+        own = [num_frames if lengths is None else lengths[window] for window in windows]
+        wanted = [num_aligned_frames(frames, n) for n in own]
+        first = min(n - k for n, k in zip(own, wanted, strict=True))
         text_ids, text_keep = self.tokenize(prompts)
         noise = Noise.draw(len(prompts), self.cfg.dropout) if self.training and self.cfg.dropout else None
         evaluate = self._parallel if self.cfg.evaluation == "parallel" else self._sequential
-        hidden = evaluate(f, text_ids, text_keep, windows, num_frames - wanted, noise)
-        states = {u: hidden[u - 1][-wanted:].transpose(0, 1) for u in levels}
-        return StudentOutput(self.llm_proj(hidden[-1][-1]), states)
+        hidden = evaluate(f, text_ids, text_keep, windows, first, noise)
+        ends = [n - first for n in own]
+        states = {u: last_frames(hidden[u - 1].transpose(0, 1), ends, max(wanted)) for u in levels}
+        last = last_frames(hidden[-1].transpose(0, 1), ends, 1)[:, 0]
+        return StudentOutput(self.llm_proj(last), states)
 
     def _parallel(
         self,

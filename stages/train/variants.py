@@ -36,8 +36,15 @@ class LastFrame(Student):
         levels: Iterable[int] = (),
         frames: Frames = "last",
         windows: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> StudentOutput:
-        """As ``Student.forward``, with frames as part of the batch; only frames that somebody wants are run."""
+        """As ``Student.forward``, with frames as part of the batch; only frames that somebody wants are run.
+
+        Raises:
+            ValueError: also for windows of different lengths.
+        """
+        if lengths is not None and any(n != f.shape[1] for n in lengths):
+            raise ValueError(f"a student without banks wants windows of one length in a batch, got {list(lengths)}")
         levels = tuple(levels)
         f = f if windows is None else f[list(windows)]
         num_frames, queries = f.shape[1], self.cfg.num_queries

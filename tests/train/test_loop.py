@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import CachedSamples
 from stages.decode.llm import CausalLM
 from stages.train.alignment import Alignment
-from stages.train.loop import Schedule, Trainer, TrainingDiverged, batch_positions, make_schedule, train
+from stages.train.loop import Schedule, Trainer, TrainingDiverged, batch_positions, make_schedule, micro_batches, train
 from stages.train.student import Student
 
 ALIGN = AlignConfig(levels=(3, 5))
@@ -91,6 +92,28 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12 * largest)
     for key, value in logs[0].items():
         assert logs[1][key] == pytest.approx(value, rel=1e-6), key  # the loss itself is float32
+
+
+def test_frames_are_averaged_per_sample_where_samples_have_different_numbers(
+    make_trainer: MakeTrainer, cached: CachedSamples
+) -> None:
+    """One batch of T = 4 and T = 2 gives the gradients of single samples, each with its own mean over frames."""
+    samples = [replace(s, draws=s.draws[:, :2]) if i % 3 else s for i, s in enumerate(cached.samples)]
+    mixed = CachedSamples(samples, cached.tokens, cached.pooled)
+    assert mixed.batch(range(7)).lengths is not None
+    gradients, logs = [], []
+    for size in (0, 1):
+        trainer = make_trainer(batch_size=7, micro_batch=size, dropout=0.1)
+        for module in trainer.modules.values():
+            module.double()
+        trainer.decoder.model.double()  # type: ignore[attr-defined]
+        logs.append(trainer.step(mixed, 0, make_schedule(trainer.cfg, len(mixed))))
+        gradients.append({n: p.grad.clone() for n, p in trainer.trainable().items() if p.grad is not None})
+        trainer.decoder.model.float()  # type: ignore[attr-defined]
+    largest = max(float(g.abs().max()) for g in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12 * largest)
+    assert logs[0]["loss_kd"] == pytest.approx(logs[1]["loss_kd"], rel=1e-6)
 
 
 def test_training_lowers_both_losses(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
@@ -172,6 +195,22 @@ def test_grouped_questions_of_a_window_stay_together_and_share_a_draw() -> None:
         assert len(set(zip(windows, draws, strict=True))) == 3
         orders.append(positions)
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "windows", "lengths"),
+    [
+        (4, None, [4, 3]),
+        (4, [0, 0, 0, 1, 1, 2, 2], [3, 4]),
+        (3, [0, 0, 1, 1, 1, 1, 2], [2, 3, 2]),  # a window of four does not fit: three, and the fourth with the next
+        (9, [0, 1, 1, 1, 1, 2, 2], [7]),
+        (1, [0, 0, 1, 1, 2, 2, 2], [1] * 7),
+    ],
+)
+def test_a_micro_batch_does_not_cut_a_window(size: int, windows: list[int] | None, lengths: list[int]) -> None:
+    parts = micro_batches(7, size, windows)
+    assert [part.stop - part.start for part in parts] == lengths
+    assert [i for part in parts for i in range(7)[part]] == list(range(7))
 
 
 def test_the_evaluations_give_one_training_curve(make_trainer: MakeTrainer, cached: CachedSamples) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages.train.memory import MemoryBank
 from stages.train.plan import merge_plan
-from stages.train.student import Student
+from stages.train.student import Student, num_aligned_frames
 
 PROMPTS = ["what is the relationship of the movie ?", "who runs ?", "scene"]
 LEVELS = (1, 3, 5)
@@ -57,9 +58,12 @@ def test_all_evaluations_are_equal(
         dropout=data.draw(st.sampled_from([0.0, 0.3]), "dropout"),
         bank_detach=detach,
         recompute_layers=data.draw(st.booleans(), "recompute"),
+        spatial_std=data.draw(st.sampled_from([0.0, 0.7]), "spatial_std"),
     ).train()
     f = features(batch if windows is None else max(windows) + 1, num_frames, seed=data.draw(st.integers(0, 99), "seed"))
-    options = {"frames": data.draw(st.sampled_from(["all", "last", 2, 4]), "frames"), "windows": windows}
+    lengths = data.draw(st.none() | st.lists(st.integers(1, num_frames), min_size=len(f), max_size=len(f)), "lengths")
+    frames = data.draw(st.sampled_from(["all", "last", 2, 4]), "frames")
+    options = {"frames": frames, "windows": windows, "lengths": lengths}
     prompts = data.draw(st.permutations(PROMPTS), "prompts")[:batch]
     want = run(student, "reference", f, prompts, **options)
     assert_equal(run(student, "parallel", f, prompts, **options), want)
@@ -88,6 +92,36 @@ def test_questions_together_give_the_sum_of_separate_runs(
         got = dict(student.named_parameters())[name].grad
         assert float((got - gradient).abs().max()) <= 1e-12 * max(float(gradient.abs().max()), 1e-3 * largest), name
     assert together["prefix"].shape[0] == 3
+
+
+@pytest.mark.parametrize("frames", ["all", "last", 2])
+def test_samples_of_different_lengths_are_as_if_alone(
+    make_student: Callable[..., Student], features: Callable[..., torch.Tensor], frames: Any
+) -> None:
+    """Values and gradients, whatever stands in the padding. K = 3; the last window has two questions."""
+    student, f, lengths, windows = make_student(), features(3, 7), [7, 2, 5], [0, 1, 2, 2]
+    f[1, 2:], f[2, 5:] = 1e3, -7.0
+    prompts = [*PROMPTS, "what"]
+    out = student(f, prompts, levels=LEVELS, frames=frames, windows=windows, lengths=lengths)
+    counts = [num_aligned_frames(frames, lengths[w]) for w in windows]
+    gradients = []
+    for alone in (False, True):
+        student.zero_grad()
+        for b, (window, count) in enumerate(zip(windows, counts, strict=True)):
+            one = student(f[[window], : lengths[window]], [prompts[b]], levels=LEVELS, frames=frames)
+            prefix, hidden = (one.prefix[0], {u: h[0] for u, h in one.hidden.items()})
+            if not alone:
+                want, want_hidden = prefix.detach(), hidden
+                prefix, hidden = out.prefix[b], {u: h[b, -count:] for u, h in out.hidden.items()}
+                torch.testing.assert_close(prefix, want, rtol=1e-11, atol=1e-12)
+                for u in LEVELS:
+                    torch.testing.assert_close(hidden[u], want_hidden[u].detach(), rtol=1e-11, atol=1e-12)
+            loss = (prefix.sin() * (b + 1)).sum() + sum(h.sin().sum() for h in hidden.values())
+            loss.backward(retain_graph=True)
+        gradients.append({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
+    largest = max(float(g.abs().max()) for g in gradients[1].values())
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-10, atol=1e-13 * largest)
 
 
 def test_gradient_through_the_banks_is_the_slope_of_the_loss(
