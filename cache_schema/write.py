@@ -175,7 +175,7 @@ class _ModalityWriter:
             raise ValueError(f"the producer gave more than the {len(segment)} frames of video {segment.video_id!r}")
         if not len(batch):
             return
-        _refuse_non_finite(batch, segment.frame_index[done : done + len(batch)])
+        refuse_non_finite(batch, segment.frame_index[done : done + len(batch)])
         while len(batch):
             part = self._parts[self._at]
             taken = batch[: part.count - self._filled]
@@ -280,7 +280,8 @@ def frame_corrupt(shard: Shard, video_id: str, frame: int) -> CacheCorrupt:
     return CacheCorrupt.of_shard(shard.file, what, kind="frame", video_id=video_id, frame_index=frame)
 
 
-def _refuse_non_finite(batch: Array, frame_index: Sequence[int]) -> None:
+def refuse_non_finite(batch: Array, frame_index: Sequence[int]) -> None:
+    """Raise SegmentFailed, naming the frame, when a feature of the batch [b, *frame_shape] is infinite or NaN."""
     signed, positive, unsigned, negative = _INFINITY[batch.dtype.name]
     bits = np.ascontiguousarray(batch).view(signed)
     if bits.max() >= positive or bits.view(unsigned).max() >= negative:  # 5 times as fast as np.isfinite on float16

@@ -69,7 +69,7 @@ def extract(
         return estimate(wanted, sizes).to_json()
     if not wanted:
         raise ConfigError(f"data.videos={config.data.videos!r} and data.annotations name no video")
-    job = Job(config, _builder(config, which), cache, device, help_command=_command(f"extract-{which}", config, cache))
+    job = make_job(config, which=which, cache=cache, device=device)
     report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
     failed, missing = report.failures, set(report.missing)
     per_split = {name: dataset.wanted([name]) for name in (list(splits) or dataset.splits)} or {"all": wanted}
@@ -80,6 +80,11 @@ def extract(
         "warnings": list(dataset.warnings),
         "cache": str(cache),
     }
+
+
+def make_job(config: PipelineConfig, *, which: Which, cache: Path, device: str) -> Job:
+    """What an extraction with one encoder needs to know."""
+    return Job(config, _builder(config, which), cache, device, help_command=_command(f"extract-{which}", config, cache))
 
 
 def _dataset(config: PipelineConfig) -> Any:

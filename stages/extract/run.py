@@ -2,21 +2,26 @@
 
 One task is one shard, or the shards of one long video. It is a pure function of (job, task) and publishes by itself,
 so it does not matter who runs it, how often, or in what order; a task that somebody else finished does nothing.
-Workers return a small report, never features.
+Workers return a small report, never features. Several extractions of one store share its tasks by claims
+(cache_schema/claims.py), so that none is done twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
+from cache_schema import claims
 from cache_schema.plan import Segment, Task
 from cache_schema.spec import FeatureSpec
 from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult, write_tasks_together
@@ -24,8 +29,12 @@ from stages.config import PipelineConfig
 from stages.data.frames import open_source
 from stages.types import FrameSource, FrozenEncoder, VideoRejected
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int, str], None]
+Produce = Callable[[Segment], SegmentResult[Mapping[str, np.ndarray]]]
 TASKS_AHEAD = 2  # queued per Dask worker: enough to keep it busy, few enough that nothing is stolen and run twice
+PAUSE_S = 1.0  # before asking again for a task that another extraction has claimed
 
 
 @dataclass(frozen=True)
@@ -75,13 +84,27 @@ class ExtractionReport:
 
 
 @functools.lru_cache(maxsize=1)
-def worker(job: Job) -> tuple[FrameSource, FrozenEncoder, dict[str, FeatureStore]]:
-    """The open source, encoder and stores of this process; built once per job."""
+def tools(job: Job) -> tuple[FrameSource, FrozenEncoder]:
+    """The open source and the encoder of this process; built once per job. ``release`` closes them."""
     source = open_source(job.config.data)
     module, _, name = job.builder.partition(":")
     build = getattr(importlib.import_module(module), name)
-    encoder: FrozenEncoder = build(job.config, device=job.device, frame_rule=source.frame_rule, decoder=source.decoder)
+    return source, build(job.config, device=job.device, frame_rule=source.frame_rule, decoder=source.decoder)
+
+
+@functools.lru_cache(maxsize=1)
+def worker(job: Job) -> tuple[FrameSource, FrozenEncoder, dict[str, FeatureStore]]:
+    """The tools and the stores that they write; stores that are not there are made."""
+    source, encoder = tools(job)
     return source, encoder, open_stores(job, encoder.specs)
+
+
+def release(job: Job) -> None:
+    """Close the source and forget the encoder of this process."""
+    if tools.cache_info().currsize:
+        tools(job)[0].close()
+    tools.cache_clear()
+    worker.cache_clear()
 
 
 def open_stores(job: Job, specs: Mapping[str, FeatureSpec]) -> dict[str, FeatureStore]:
@@ -98,16 +121,16 @@ def open_stores(job: Job, specs: Mapping[str, FeatureSpec]) -> dict[str, Feature
     }
 
 
-def run_task(job: Job, task: Task, on_video: Callable[[str], None] = lambda _: None) -> dict[str, int]:
-    """Extract one task and publish it; returns counts only. Safe to run twice, and in two places at once."""
-    source, encoder, stores = worker(job)
+def producer(job: Job, on_video: Callable[[str], None] = lambda _: None) -> Produce:
+    """Features of all modalities for any frames of any video, from the job's source and encoder."""
+    source, encoder = tools(job)
 
     def produce(segment: Segment) -> SegmentResult[Mapping[str, np.ndarray]]:
         def batches() -> Iterator[Mapping[str, np.ndarray]]:
             index = np.asarray(segment.frame_index)
             try:
                 for frames in source.frames(segment.video_id, index, batch_size=job.config.extract.batch_size):
-                    yield encoder(frames)
+                    yield encode(encoder, frames)
             except VideoRejected as rejected:
                 raise SegmentFailed(rejected.kind, rejected.reason) from rejected
             finally:
@@ -115,8 +138,69 @@ def run_task(job: Job, task: Task, on_video: Callable[[str], None] = lambda _: N
 
         return SegmentResult(batches(), facts=lambda: asdict(source.facts(segment.video_id)))
 
-    reports = write_tasks_together(stores, task, produce)
+    return produce
+
+
+def encode(encoder: FrozenEncoder, frames: UInt8[np.ndarray, "b h w 3"]) -> Mapping[str, np.ndarray]:
+    """The encoder on a batch; when that is too much for the memory, once more on its two halves.
+
+    Features do not depend on the batch size, so neither does the store.
+    """
+    try:
+        return _encode(encoder, frames)
+    except Exception as error:
+        if len(frames) < 2 or not _out_of_memory(error):
+            raise
+    half = len(frames) // 2
+    log.warning("%d frames at once are too much for the memory; going on with %d", len(frames), half)
+    parts = [_encode(encoder, frames[:half]), _encode(encoder, frames[half:])]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _encode(encoder: FrozenEncoder, frames: UInt8[np.ndarray, "b h w 3"]) -> Mapping[str, np.ndarray]:
+    try:
+        return encoder(frames)
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        size = f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} at once"
+        if type(error) is RuntimeError:  # what torch raises on a CPU
+            raise MemoryError(f"{size}: {error}") from error
+        error.add_note(f"That was with {size}.")
+        raise
+
+
+def _out_of_memory(error: Exception) -> bool:
+    names = {cls.__name__ for cls in type(error).__mro__}  # torch is not imported here for its class alone
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "can't allocate memory" in str(error)
+
+
+def run_task(job: Job, task: Task, on_video: Callable[[str], None] = lambda _: None) -> dict[str, int] | None:
+    """Extract one task and publish it; returns counts only, or None while another extraction is at it.
+
+    Safe to run twice, and in two places at once.
+    """
+    _, _, stores = worker(job)
+    first = stores[min(stores)]  # claims of one job lie with one modality: the clip and the teacher never wait
+    claim = claims.take(first.layout.info.folder, task.shards[0])
+    if claim is None:
+        return None
+    with claim:
+        produce = producer(job, on_video)
+
+        def watched(segment: Segment) -> SegmentResult[Mapping[str, np.ndarray]]:
+            result = produce(segment)
+            return SegmentResult(_touching(claim, result.features), result.facts)
+
+        reports = write_tasks_together(stores, task, watched)
     return {"videos": len(task.segments), "frames": max(report.frames for report in reports.values())}
+
+
+def _touching(claim: claims.Claim, batches: Iterator[Mapping[str, np.ndarray]]) -> Iterator[Mapping[str, np.ndarray]]:
+    with contextlib.closing(batches):  # type: ignore[type-var]  # a generator: this ends its decoder
+        for batch in batches:
+            claim.touch()
+            yield batch
 
 
 def specs_of(job: Job) -> dict[str, FeatureSpec]:
@@ -195,7 +279,7 @@ class _Engine:
     """Runs tasks inline, or on a local Dask cluster of ``workers`` processes."""
 
     def __init__(self, job: Job, workers: int) -> None:
-        self.job, self.workers = job, workers
+        self.job, self.workers, self.rounds = job, workers, 0
 
     def __enter__(self) -> _Engine:
         if self.workers:
@@ -212,9 +296,7 @@ class _Engine:
             self.client.close()
             self.cluster.close()
         else:
-            if worker.cache_info().currsize:
-                worker(self.job)[0].close()
-            worker.cache_clear()
+            release(self.job)
 
     def specs(self) -> dict[str, FeatureSpec]:
         if self.workers:
@@ -223,34 +305,64 @@ class _Engine:
         return specs_of(self.job)
 
     def run(self, tasks: Sequence[Task], progress: Progress) -> None:
-        """Run all; raises what a task raised."""
+        """Run all, those that another extraction has claimed last; raises what a task raised."""
         total = sum(len(task.segments) for task in tasks)
         done = 0
-        if not self.workers:
+        while tasks:
 
-            def count(video: str) -> None:
-                nonlocal done
-                done += 1
-                progress(min(done, total), total, video)
+            def count(videos: int, name: str, before: int = done) -> None:
+                progress(min(before + videos, total), total, name)
 
-            for task in tasks:
-                run_task(self.job, task, count)
-            return
+            busy = self._on_workers(tasks, count) if self.workers else self._inline(tasks, count)
+            done = total - sum(len(task.segments) for task in busy)
+            if len(busy) == len(tasks):
+                progress(done, total, "waiting for another extraction")
+                time.sleep(PAUSE_S)
+            tasks = busy
+
+    def _inline(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> list[Task]:
+        """Run what is free in this process; returns the tasks that are not."""
+        busy, videos = [], 0
+
+        def count(video: str) -> None:
+            nonlocal videos
+            videos += 1
+            progress(videos, video)
+
+        for task in tasks:
+            if run_task(self.job, task, count) is None:
+                busy.append(task)
+        return busy
+
+    def _on_workers(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> list[Task]:
+        """The same on the cluster."""
         from distributed import as_completed
 
-        waiting = iter(tasks)
-        futures = as_completed(
-            [self._submit(task) for task in _take(waiting, TASKS_AHEAD * self.workers)], with_results=True
-        )
-        for _, result in futures:
-            done += result["videos"]
-            progress(done, total, "")
-            for task in _take(waiting, 1):
-                futures.add(self._submit(task))
+        waiting, running, busy, videos = iter(tasks), {}, [], 0
+        futures = as_completed(with_results=True)
 
-    def _submit(self, task: Task) -> object:
+        def submit(count: int) -> None:
+            for task in _take(waiting, count):
+                future = self._submit(task)
+                running[future.key] = task
+                futures.add(future)
+
+        self.rounds += 1
+        submit(TASKS_AHEAD * self.workers)
+        for future, result in futures:
+            task = running.pop(future.key)
+            if result is None:
+                busy.append(task)
+            else:
+                videos += result["videos"]
+                progress(videos, "")
+            submit(1)
+        return busy
+
+    def _submit(self, task: Task) -> Any:
         # A task may run again after its worker died, even when it had finished: it then finds its shard committed.
-        return self.client.submit(run_task, self.job, task, key=f"shard-{task.shards[0]:06}", pure=False, retries=3)
+        key = f"shard-{task.shards[0]:06}-{self.rounds}"
+        return self.client.submit(run_task, self.job, task, key=key, pure=False, retries=3)
 
 
 def _take(tasks: Iterator[Task], count: int) -> list[Task]:
