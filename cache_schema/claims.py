@@ -100,16 +100,17 @@ def holder_of(file: Path) -> dict[str, object]:
     """What a claim says of its holder; empty when it cannot be read."""
     try:
         return files.parse_json(files.read_bytes(file, MAX_CLAIM_BYTES))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # CacheCorrupt is one: too large, a link, no regular file
         return {}
 
 
 def _expired(file: Path, lease_s: float) -> str | None:
     """Why this claim counts no longer; None while it does."""
     try:
-        look = (files.read_bytes(file, MAX_CLAIM_BYTES), os.stat(file).st_mtime_ns)
-    except (OSError, CacheCorrupt):
+        status = os.lstat(file)
+    except FileNotFoundError:
         return "somebody who has just left"
+    look = (status.st_ino, status.st_size, status.st_mtime_ns)
     if why := _dead(file, holder_of(file)):
         return why
     before, since = _seen.get(file, (None, 0.0))

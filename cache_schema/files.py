@@ -95,6 +95,15 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+def refuse_links(path: Path, store: Path) -> None:
+    """Raise CacheCorrupt when a folder between the store and ``path`` is a link: it could lead out of the store."""
+    for folder in path.parents:
+        if folder == store:
+            return
+        if folder.is_symlink():
+            raise CacheCorrupt(f"{folder} is a symbolic link; a cache holds its own files", file=folder)
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """The whole file. Raises FileNotFoundError, or CacheCorrupt when it is larger than ``limit`` or no regular file."""
     with os.fdopen(open_regular(path), "rb") as file:

@@ -73,6 +73,7 @@ class PlanFiles:
 
     def check_complete(self) -> None:
         """Raise CacheCorrupt when a generation is missing below one that exists."""
+        files.refuse_links(self._file(0), self.folder.parent)
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         for number, name in enumerate(sorted(name for name in names if is_generation(name))):
             if name != f"{number:06d}.json":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from cache_schema.index import STATUS, read_index
 from cache_schema.plan import Part, Segment
 from cache_schema.shard import Record, ShardWriter, pread, read_records
 from cache_schema.store import FeatureStore
-from cache_schema.write import SegmentResult, refuse_non_finite
+from cache_schema.write import SegmentResult, close_features, refuse_non_finite
 
 SAME_FILE = ("size", "sha256")  # the facts that say which file a video's frames came from
 
@@ -158,7 +157,7 @@ def _write(
 ) -> Mapping[str, object]:
     """Append the part's frames; what comes after them is checked and dropped. Returns the facts."""
     done = 0
-    with closing(result.features):  # type: ignore[type-var]  # a generator: closing it ends its decoder
+    try:
         for batch in result.features:
             array = batch[store.modality]
             if array.dtype != np.dtype(store.spec.dtype) or array.shape[1:] != store.spec.frame_shape:
@@ -170,6 +169,8 @@ def _write(
             if len(mine):
                 writer.append(mine)
             done += len(array)
+    finally:
+        close_features(result.features)
     if done < part.count:
         raise ValueError(f"the producer gave {done} of the {part.count} frames of video {part.segment.video_id!r}")
     facts = dict(result.facts())

@@ -286,6 +286,7 @@ def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | Non
         CacheMismatch: the shard was written by a newer format version.
     """
     file = layout.info.shard_file(shard)
+    files.refuse_links(file, layout.info.store)
     try:
         descriptor = files.open_regular(file)
     except (FileNotFoundError, NotADirectoryError):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from cache_schema.plan import Segment
 from cache_schema.report import SourceFile
 from cache_schema.shard import Shard, pread, read_records
 from cache_schema.store import FeatureStore
-from cache_schema.write import SegmentResult
+from cache_schema.write import SegmentResult, close_features
 
 NO_DAMAGE = ("missing", "newer_format")  # of the kinds that name a shard: extraction, or another program, helps
 
@@ -139,8 +138,10 @@ def _sample(store: FeatureStore, frames: int, seed: int) -> dict[str, tuple[int,
 
 
 def _made_again(result: SegmentResult[Mapping[str, npt.NDArray[Any]]], modality: str) -> npt.NDArray[np.float64]:
-    with closing(result.features):  # type: ignore[type-var]  # a generator: closing it ends its decoder
+    try:
         return np.concatenate([batch[modality] for batch in result.features]).astype(np.float64)
+    finally:
+        close_features(result.features)
 
 
 def sources(store: FeatureStore, look: Callable[[str], SourceFile | None], *, hashed: bool = False) -> list[Problem]:

@@ -60,7 +60,7 @@ def _named(modality: str, features: Iterator[Array]) -> Iterator[Mapping[str, Ar
         for batch in features:
             yield {modality: batch}
     finally:
-        _close(features)
+        close_features(features)
 
 
 def write_tasks_together(
@@ -131,10 +131,11 @@ def _write_segment(
         for writer in active.values():
             writer.fail(error)
     finally:
-        _close(features)
+        close_features(features)
 
 
-def _close(features: Iterator[Any]) -> None:
+def close_features(features: Iterator[Any]) -> None:
+    """End an iterator that may not have been read to its end."""
     close = getattr(features, "close", None)  # generators have one: it ends a decoder that is not read to the end
     if close is not None:
         close()

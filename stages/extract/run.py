@@ -8,7 +8,6 @@ Workers return a small report, never features. Several extractions of one store 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -25,6 +24,7 @@ from cache_schema import claims
 from cache_schema.plan import Segment, Task
 from cache_schema.spec import FeatureSpec
 from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult, write_tasks_together
+from cache_schema.write import close_features
 from stages.config import PipelineConfig
 from stages.data.frames import open_source
 from stages.types import FrameSource, FrozenEncoder, VideoRejected
@@ -197,10 +197,12 @@ def run_task(job: Job, task: Task, on_video: Callable[[str], None] = lambda _: N
 
 
 def _touching(claim: claims.Claim, batches: Iterator[Mapping[str, np.ndarray]]) -> Iterator[Mapping[str, np.ndarray]]:
-    with contextlib.closing(batches):  # type: ignore[type-var]  # a generator: this ends its decoder
+    try:
         for batch in batches:
             claim.touch()
             yield batch
+    finally:
+        close_features(batches)
 
 
 def specs_of(job: Job) -> dict[str, FeatureSpec]:
