@@ -68,13 +68,15 @@ def take(folder: Path, shard: int, *, lease_s: float | None = None) -> Claim | N
     file = claim_file(folder, shard)
     me = {"host": files.HOST, "pid": os.getpid(), "started": _started(os.getpid()), "token": secrets.token_hex(8)}
     content = files.canonical_json(me)
-    if not files.publish_bytes(file, content):
+    while not files.publish_bytes(file, content):
         with files.locked(folder):
             why = _expired(file, LEASE_S if lease_s is None else lease_s)
             if why is None:
                 return None
-            files.replace_bytes(file, content)
-        log.warning("shard %d of %s was claimed by %s; going on with it here", shard, folder, why)
+            if why:
+                files.replace_bytes(file, content)
+                log.warning("shard %d of %s was claimed by %s; going on with it here", shard, folder, why)
+                break
     _held.add(file)
     _seen.pop(file, None)
     return Claim(file, content)
@@ -105,11 +107,11 @@ def holder_of(file: Path) -> dict[str, object]:
 
 
 def _expired(file: Path, lease_s: float) -> str | None:
-    """Why this claim counts no longer; None while it does."""
+    """Why this claim counts no longer, '' when it has just been given up; None while it counts."""
     try:
         status = os.lstat(file)
     except FileNotFoundError:
-        return "somebody who has just left"
+        return ""
     look = (status.st_ino, status.st_size, status.st_mtime_ns)
     if why := _dead(file, holder_of(file)):
         return why

@@ -57,7 +57,7 @@ def ls(
         _show("ls", cache_tools.list_stores(folder), as_json)
 
 
-@app.command("verify", epilog="Example:  pipeline cache verify --preset miniature --full --semantic 8 --sources")
+@app.command("verify", epilog="Example:  pipeline cache verify --full --semantic 8 --sources")
 def verify(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
