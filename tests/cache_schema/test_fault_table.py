@@ -15,7 +15,7 @@ NUMBERS = [int(number) for number in re.findall(r"^ ?(\d+)  ", tests.cache_schem
 
 
 def test_every_case_of_the_cache_has_a_line():
-    assert NUMBERS == [*range(1, 19), 28, 31, 32, 36, 40, 41, 42, 47, 48]
+    assert [*range(1, 19), 28, 31, 32, 36, 40, 41, 42, 47, 48] == NUMBERS
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED)
