@@ -23,7 +23,8 @@ from stages.extract.run import Job, encode, extract
 from tests.extract.conftest import tree, wanted
 
 MakeJob = Callable[..., Job]
-CONTEXT = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("forkserver")  # children start from a clean process that has the imports
+CONTEXT.set_forkserver_preload(["zarr", "stages.extract.clip", "stages.extract.run", "tests.extract.test_interrupted"])
 
 
 def command(job: Job, started: Any, seen: Any, slow: float = 0.0) -> None:
