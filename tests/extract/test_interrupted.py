@@ -156,6 +156,9 @@ class Small:
         result: dict[str, np.ndarray] = self.encoder(frames)
         return result
 
+    def weights_digest(self) -> str:
+        return str(self.encoder.weights_digest())
+
 
 def out_of_memory(text: str) -> Exception:
     import torch
