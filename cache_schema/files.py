@@ -25,25 +25,25 @@ from cache_schema.errors import CacheCorrupt
 MAX_METADATA_BYTES = 1 << 20  # zarr.json
 MAX_PLAN_BYTES = 1 << 30  # one generation of a plan: about 100 bytes a video
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "localhost"
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "localhost"
 _PARTIAL = re.compile(r"^\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d{1,10})\.[0-9a-f]{8}\.partial$")
 _ours: set[Path] = set()  # partial files this process is working on
 
 
 def partial_path(folder: Path, name: str) -> Path:
     """A fresh hidden name beside the final file: ``.{name}.{host}.{pid}.{random}.partial``. Give it to ``discard``."""
-    path = folder / f".{name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+    path = folder / f".{name}.{HOST}.{os.getpid()}.{secrets.token_hex(4)}.partial"
     _ours.add(path)
     return path
 
 
 def discard(path: Path) -> None:
     """Remove a partial file or folder, if it is still there."""
+    _ours.discard(path)  # first: what cannot be removed now is swept later
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)  # another process may sweep it too
     else:
         path.unlink(missing_ok=True)
-    _ours.discard(path)
 
 
 def sweep(folder: Path) -> list[Path]:
@@ -51,18 +51,27 @@ def sweep(folder: Path) -> list[Path]:
 
     A file of another host stays as well: whether its writer lives cannot be known from here.
     """
-    swept = []
-    for name in os.listdir(folder) if folder.is_dir() else ():
-        match = _PARTIAL.match(name)
-        if match and match["host"] == _HOST and not _alive(folder / name, int(match["pid"])):
-            discard(folder / name)
-            swept.append(folder / name)
+    swept = [path for path, host, dead in partials(folder) if host == HOST and dead]
+    for path in swept:
+        discard(path)
     return swept
 
 
-def _alive(path: Path, pid: int) -> bool:
-    if pid == os.getpid():
-        return path in _ours  # a restarted container gives the same number again
+def partials(folder: Path) -> list[tuple[Path, str, bool]]:
+    """Partial files in one folder: path, host of the writer, and whether the writer is known to be dead."""
+    found = []
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        match = _PARTIAL.match(name)
+        if match:
+            pid, host = int(match["pid"]), match["host"]
+            ours = pid == os.getpid() and folder / name in _ours  # a restarted container gives the same number again
+            living = ours or (pid != os.getpid() and alive(pid))
+            found.append((folder / name, host, host == HOST and not living))
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process with this number runs on this host."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -84,6 +93,15 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise CacheCorrupt(f"{path} is not a regular file", file=path)
     return descriptor
+
+
+def refuse_links(path: Path, store: Path) -> None:
+    """Raise CacheCorrupt when a folder between the store and ``path`` is a link: it could lead out of the store."""
+    for folder in path.parents:
+        if folder == store:
+            return
+        if folder.is_symlink():
+            raise CacheCorrupt(f"{folder} is a symbolic link; a cache holds its own files", file=folder)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -149,16 +167,34 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file that was written by somebody else's code to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_partial(path: Path, data: bytes) -> None:
     """Write and flush a new file. On any error (disk full) it is removed again and the error goes on."""
     try:
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            pwrite(descriptor, memoryview(data), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except BaseException:
         discard(path)
         raise
+
+
+def pwrite(descriptor: int, data: memoryview, offset: int) -> None:
+    """All of ``data`` at ``offset``, however few bytes the system takes at a time."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def publish(partial: Path, final: Path) -> bool:

@@ -159,6 +159,7 @@ def read_array(store: Path, modality: str, shard_frames: int) -> ArrayInfo:
     """
     check_modality(modality)
     file = store / modality / "zarr.json"
+    files.refuse_links(file, store)
     try:
         document = files.read_json(file, files.MAX_METADATA_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -18,6 +18,11 @@ from cache_schema.plan import Plan, apply_generation, generation_document
 _GENERATION = re.compile(r"^\d{6}\.json$")
 
 
+def is_generation(name: str) -> bool:
+    """Whether a file of the ``plan`` folder is one growth of the plan."""
+    return _GENERATION.match(name) is not None
+
+
 class PlanFiles:
     """``plan/000000.json``, ``plan/000001.json``, …: what was read of them, and how the next one is added."""
 
@@ -68,8 +73,9 @@ class PlanFiles:
 
     def check_complete(self) -> None:
         """Raise CacheCorrupt when a generation is missing below one that exists."""
+        files.refuse_links(self._file(0), self.folder.parent)
         names = os.listdir(self.folder) if self.folder.is_dir() else []
-        for number, name in enumerate(sorted(name for name in names if _GENERATION.match(name))):
+        for number, name in enumerate(sorted(name for name in names if is_generation(name))):
             if name != f"{number:06d}.json":
                 file = self._file(number)
                 raise CacheCorrupt(f"{file} is missing, but {name} exists: restore it", file=file, kind="plan")

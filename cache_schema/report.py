@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cache_schema.plan import shorten
@@ -15,6 +16,15 @@ class VideoStatus:
     kind: str = ""
     reason: str = ""
     frames: int = 0
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """The file of a video as it is now. ``sha256`` reads it."""
+
+    size: int  # bytes
+    modified: float  # seconds since 1970
+    sha256: Callable[[], str] = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class ShardWriter:
         descriptor = self._open()
         for frame in np.ascontiguousarray(frames, dtype=self.layout.dtype):
             raw = memoryview(frame.reshape(-1).view(np.uint8))
-            _pwrite(descriptor, raw, (part.slot + len(self._crcs)) * self.layout.stride)
+            files.pwrite(descriptor, raw, (part.slot + len(self._crcs)) * self.layout.stride)
             self._crcs.append(crc32c(raw))
             if self.layout.has_stats:
                 self._moments = self._moments.plus_frame(frame)
@@ -181,7 +181,7 @@ class ShardWriter:
         crc = struct.pack("<I", crc32c(head, crc32c(footer)))
         index = shard_index(self.layout, self._records)
         os.ftruncate(descriptor, data_bytes)
-        _pwrite(descriptor, memoryview(footer + head + crc + index), data_bytes)
+        files.pwrite(descriptor, memoryview(footer + head + crc + index), data_bytes)
         os.fsync(descriptor)
         self.suspend()
         return self._records
@@ -218,12 +218,6 @@ class ShardWriter:
             self._descriptor = os.open(self.partial, flags, 0o666)
             self._created = True
         return self._descriptor
-
-
-def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def used_slots(records: Sequence[Record]) -> int:
@@ -292,6 +286,7 @@ def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | Non
         CacheMismatch: the shard was written by a newer format version.
     """
     file = layout.info.shard_file(shard)
+    files.refuse_links(file, layout.info.store)
     try:
         descriptor = files.open_regular(file)
     except (FileNotFoundError, NotADirectoryError):

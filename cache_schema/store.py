@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache_schema import files, metadata, write
+from cache_schema import claims, files, metadata, write
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheMissing, SegmentFailed
 from cache_schema.index import STATUS, index_arrays, write_index
 from cache_schema.plan import Plan, Segment, Task, as_frames
@@ -110,6 +110,7 @@ class FeatureStore:
             opened = cls.open(store, modality, spec, help_command=help_command)
             for folder in (store, store / "plan", *(store / part for part in metadata.path_to(modality))):
                 files.sweep(folder)
+            claims.sweep(opened.layout.info.folder)
             metadata.grow_array(opened.layout.info, opened.plan.num_shards)
             return opened
         except CacheError as error:

@@ -1,9 +1,12 @@
-"""Checks of one modality of a store. Each gives a list of problems; an empty list is a clean and complete store."""
+"""Checks of one modality of a store. Each gives a list of problems; an empty list is a clean and complete store.
+
+``quick`` and ``full`` look at the store alone. ``semantic`` makes features again, ``sources`` looks at the videos.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +15,15 @@ import numpy.typing as npt
 from crc32c import crc32c
 
 from cache_schema import files
-from cache_schema.errors import CacheCorrupt, CacheMismatch
+from cache_schema.errors import CacheCorrupt, CacheMismatch, SegmentFailed
 from cache_schema.index import STATUS, index_arrays, read_index
-from cache_schema.shard import Shard, pread
+from cache_schema.plan import Segment
+from cache_schema.report import SourceFile
+from cache_schema.shard import Shard, pread, read_records
 from cache_schema.store import FeatureStore
+from cache_schema.write import SegmentResult, close_features
+
+NO_DAMAGE = ("missing", "newer_format")  # of the kinds that name a shard: extraction, or another program, helps
 
 Index = Mapping[str, npt.NDArray[Any]]
 
@@ -26,7 +34,8 @@ class Problem:
 
     ``kind``: ``missing`` (a planned shard is not there: extraction is unfinished), ``deleted`` (it was there when
     the ``videos`` index was made), ``unplanned`` (a file where no shard belongs), ``padding`` (bytes between frames
-    are not zero), ``videos_index``, ``newer_format``, or the ``kind`` of a ``CacheCorrupt`` (``truncated``, ``frame``).
+    are not zero), ``videos_index``, ``newer_format``, ``differs`` (made again, a frame comes out otherwise),
+    ``source_changed``, ``source_gone``, or the ``kind`` of a ``CacheCorrupt`` (``truncated``, ``frame``).
     """
 
     shard: int | None
@@ -69,6 +78,106 @@ def full(store: FeatureStore) -> list[Problem]:
         if shard is not None:
             found += _frames(store, number, shard)
     return found
+
+
+def damaged_shards(problems: list[Problem]) -> list[int]:
+    """The shards that ``repair`` must make anew, in order."""
+    return sorted({p.shard for p in problems if p.shard is not None and p.kind not in NO_DAMAGE})
+
+
+def semantic(
+    store: FeatureStore,
+    produce: Callable[[Segment], SegmentResult[Mapping[str, npt.NDArray[Any]]]],
+    *,
+    frames: int,
+    seed: int = 0,
+    tolerance: float = 0.01,
+) -> tuple[list[Problem], float]:
+    """Make a random sample of frames again and compare: finds what no checksum can, such as a library that changed.
+
+    Args:
+        produce: features of every modality for any frames of a video, as extraction makes them.
+        frames: how many frames, at most.
+        tolerance: largest relative error |made again - stored| / |stored| (L2 over a frame) that is no problem.
+
+    Returns:
+        The problems, and the largest relative error met.
+    """
+    found: list[Problem] = []
+    worst = 0.0
+    for video, index in _sample(store, frames, seed).items():
+        try:
+            stored = store.read(video, index, verify=True).astype(np.float64).reshape(len(index), -1)
+            again = _made_again(produce(Segment(video, index, 0)), store.modality).reshape(len(index), -1)
+        except CacheCorrupt as error:
+            found.append(Problem(None, video, error.frame_index, error.kind, str(error)))
+            continue
+        except SegmentFailed as failed:
+            found.append(Problem(None, video, None, "source_gone", f"video {video!r} cannot be read: {failed.reason}"))
+            continue
+        size = np.linalg.norm(stored, axis=1)
+        off = np.linalg.norm(again - stored, axis=1) / np.where(size > 0, size, 1.0)
+        worst = max(worst, float(off.max()))
+        for frame, relative in zip(index, off.tolist(), strict=True):
+            if not relative <= tolerance:
+                message = f"frame {frame} of video {video!r}: made again, it differs by {relative:.3g} of its length"
+                found.append(Problem(None, video, frame, "differs", message))
+    return found, worst
+
+
+def _sample(store: FeatureStore, frames: int, seed: int) -> dict[str, tuple[int, ...]]:
+    good = [s for s, status in zip(store.plan.segments, store.segment_status(), strict=True) if status and status.ok]
+    ends = np.cumsum([len(segment) for segment in good])
+    total = int(ends[-1]) if good else 0
+    sample: dict[str, list[int]] = {}
+    for at in np.sort(np.random.default_rng(seed).choice(total, min(frames, total), replace=False)):
+        number = int(np.searchsorted(ends, at, side="right"))
+        before = int(ends[number - 1]) if number else 0
+        sample.setdefault(good[number].video_id, []).append(good[number].frame_index[int(at) - before])
+    return {video: tuple(sorted(index)) for video, index in sample.items()}
+
+
+def _made_again(result: SegmentResult[Mapping[str, npt.NDArray[Any]]], modality: str) -> npt.NDArray[np.float64]:
+    try:
+        return np.concatenate([batch[modality] for batch in result.features]).astype(np.float64)
+    finally:
+        close_features(result.features)
+
+
+def sources(store: FeatureStore, look: Callable[[str], SourceFile | None], *, hashed: bool = False) -> list[Problem]:
+    """Whether the videos are still the files that the features came from, by what the footers say of them.
+
+    Sizes are compared, and the sha256 of a file that was modified after its shard was written; with ``hashed`` the
+    sha256 of every file. The two times only decide what is hashed: a wrong clock costs time, or needs ``hashed``.
+
+    Args:
+        look: the file of a video as it is now; None where there is none.
+    """
+    found: list[Problem] = []
+    for number in range(store.plan.num_shards):
+        shard = store.shard(number)
+        if shard is None:
+            continue
+        written = shard.identity[2] / 1e9
+        for record in read_records(store.layout, shard.file):
+            if record.facts and (problem := _source(record.video_id, record.facts, look, written, hashed)):
+                found.append(problem)
+    return found
+
+
+def _source(
+    video: str, facts: Mapping[str, object], look: Callable[[str], SourceFile | None], written: float, hashed: bool
+) -> Problem | None:
+    now = look(video)
+    if now is None:
+        return Problem(None, video, None, "source_gone", f"video {video!r} is not in data.videos any more")
+    if now.size != facts.get("size"):
+        what = f"had {facts.get('size')} bytes when it was extracted and has {now.size} now"
+    elif (hashed or now.modified > written) and now.sha256() != facts.get("sha256"):
+        what = "has other bytes now than when it was extracted"
+    else:
+        return None
+    return Problem(None, video, None, "source_changed", f"video {video!r} {what}")
 
 
 def _frames(store: FeatureStore, number: int, shard: Shard) -> Iterator[Problem]:

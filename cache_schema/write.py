@@ -60,7 +60,7 @@ def _named(modality: str, features: Iterator[Array]) -> Iterator[Mapping[str, Ar
         for batch in features:
             yield {modality: batch}
     finally:
-        _close(features)
+        close_features(features)
 
 
 def write_tasks_together(
@@ -131,10 +131,11 @@ def _write_segment(
         for writer in active.values():
             writer.fail(error)
     finally:
-        _close(features)
+        close_features(features)
 
 
-def _close(features: Iterator[Any]) -> None:
+def close_features(features: Iterator[Any]) -> None:
+    """End an iterator that may not have been read to its end."""
     close = getattr(features, "close", None)  # generators have one: it ends a decoder that is not read to the end
     if close is not None:
         close()
@@ -175,7 +176,7 @@ class _ModalityWriter:
             raise ValueError(f"the producer gave more than the {len(segment)} frames of video {segment.video_id!r}")
         if not len(batch):
             return
-        _refuse_non_finite(batch, segment.frame_index[done : done + len(batch)])
+        refuse_non_finite(batch, segment.frame_index[done : done + len(batch)])
         while len(batch):
             part = self._parts[self._at]
             taken = batch[: part.count - self._filled]
@@ -280,7 +281,8 @@ def frame_corrupt(shard: Shard, video_id: str, frame: int) -> CacheCorrupt:
     return CacheCorrupt.of_shard(shard.file, what, kind="frame", video_id=video_id, frame_index=frame)
 
 
-def _refuse_non_finite(batch: Array, frame_index: Sequence[int]) -> None:
+def refuse_non_finite(batch: Array, frame_index: Sequence[int]) -> None:
+    """Raise SegmentFailed, naming the frame, when a feature of the batch [b, *frame_shape] is infinite or NaN."""
     signed, positive, unsigned, negative = _INFINITY[batch.dtype.name]
     bits = np.ascontiguousarray(batch).view(signed)
     if bits.max() >= positive or bits.view(unsigned).max() >= negative:  # 5 times as fast as np.isfinite on float16

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline import cache_commands
 from pipeline.errors import FAILURES, ConfigError, NotAvailable, guard
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+app.add_typer(cache_commands.app)
 
 PresetOption = Annotated[
     str, typer.Option("--preset", metavar="NAME", help="miniature, lvu-TASK, msvd-qa-malmm or msvd-qa-literal.")

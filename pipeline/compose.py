@@ -65,7 +65,6 @@ def extract(
 ) -> dict[str, Any]:
     """Features of one encoder, or of both from one pass, for every video that the dataset wants."""
     encoders = BOTH if which == "both" else (which,)
-    command = "extract" if which == "both" else f"extract-{which}"
     dataset = load_dataset(config)
     wanted = dataset.wanted(list(splits) or None)
     if dry_run:
@@ -77,8 +76,7 @@ def extract(
         return estimate(wanted, sizes).to_json()
     if not wanted:
         raise ConfigError(f"data.videos={config.data.videos!r} and data.annotations name no video")
-    builders = tuple(_builder(config, encoder) for encoder in encoders)
-    job = Job(config, builders, cache, device, help_command=_command(command, config, cache))
+    job = make_job(config, which=which, cache=cache, device=device)
     report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
     failed, missing = report.failures, set(report.missing)
     per_split = {name: dataset.wanted([name]) for name in (list(splits) or dataset.splits)} or {"all": wanted}
@@ -89,6 +87,13 @@ def extract(
         "warnings": list(dataset.warnings),
         "cache": str(cache),
     }
+
+
+def make_job(config: PipelineConfig, *, which: Which | Literal["both"], cache: Path, device: str) -> Job:
+    """What an extraction with one encoder, or with both from one pass, needs to know."""
+    encoders, command = (BOTH, "extract") if which == "both" else ((which,), f"extract-{which}")
+    builders = tuple(_builder(config, encoder) for encoder in encoders)
+    return Job(config, builders, cache, device, help_command=_command(command, config, cache))
 
 
 def load_dataset(config: PipelineConfig) -> Any:

@@ -226,6 +226,120 @@ def show_synth(result: Result) -> None:
     _say(f"{result['videos']} videos, {result['frames']:,} frames in {result['folder']} ({now})")
 
 
+# ---------------------------------------------------------------- pipeline cache
+
+
+def show_cache_ls(result: Result) -> None:
+    """One table of all modalities of all stores."""
+    if not result["stores"]:
+        _say("no store there")
+        return
+    shown = _table("store", "modality", "videos", "failed", "planned", "frames", "size", "digest")
+    for store in result["stores"]:
+        path = printable(store["path"])
+        for part in store["modalities"]:
+            counts = [_cell(part.get(key)) for key in ("videos", "failed", "planned", "frames")]
+            shown.add_row(path, part["modality"], *counts, size(part["bytes"]), part["digest"][:12])
+            path = ""
+        if path:
+            shown.add_row(path)
+    _print("Feature stores:", shown)
+    for store in result["stores"]:
+        for part in (store, *store["modalities"]):
+            if error := part.get("error"):
+                _say(f"damaged: {_first_line(error)}")
+                _say(f"  pipeline cache verify --cache {store['path']}")
+
+
+def show_cache_verify(result: Result) -> None:
+    """Counts per modality, the first problems, and what to type about them."""
+    shown = _table("modality", "shards", "problems", "largest error")
+    for part in result["modalities"]:
+        error = part.get("largest_error")
+        shown.add_row(
+            part["modality"], _cell(part["shards"]), _cell(part["problems"]), "" if error is None else f"{error:.2g}"
+        )
+    _print(f"{result['cache']}, checked ({', '.join(result['checks'])}):", shown)
+    problems = result["problems"]
+    for problem in problems[:SHOWN]:
+        _say(f"{problem['kind']}: {problem['modality']}: {_first_line(problem['message'])}")
+    if len(problems) > SHOWN:
+        _say(f"… and {len(problems) - SHOWN} more; --json lists all")
+    if problems:
+        _say("What to do:" if result["next"] else "No command mends this; the messages say what happened.")
+        for command in result["next"]:
+            _say(f"  {command}")
+    else:
+        _say("no problem found")
+
+
+def show_cache_repair(result: Result) -> None:
+    """What was damaged, what was made anew, and what was left."""
+    damaged = result["damaged"]
+    if result["index_damaged"]:
+        _say(f"the index of the store {'does not fit' if result['dry_run'] else 'was made again'}")
+    elif not damaged:
+        _say("no damaged shard; nothing to do")
+    if not damaged:
+        return
+    for shard in damaged[:SHOWN]:
+        _say(f"{'damaged' if result['dry_run'] else 'was damaged'}: {shard['modality']}, shard {shard['shard']}")
+    if len(damaged) > SHOWN:
+        _say(f"… and {len(damaged) - SHOWN} more; --json lists all")
+    if result["changed_videos"]:
+        _say(f"{len(result['changed_videos'])} videos have another file than the one that was extracted")
+    if result["dry_run"]:
+        return
+    _say(f"{result['repaired']} of {len(damaged)} shards made anew")
+    for shard in result["left"]:
+        _say(f"left as it is: {shard['modality']}, shard {shard['shard']}: {shard['reason']}")
+
+
+def show_cache_gc(result: Result) -> None:
+    """Every orphan, and whether it goes."""
+    would = "would be removed" if result["dry_run"] else "removed"
+    for orphan in result["orphans"]:
+        fate = would if orphan["removed"] else "kept"
+        _say(f"{fate}: {orphan['path']} ({orphan['kind']} of {size(orphan['bytes'])}: {orphan['why']})")
+    _say(f"{result['removed']} {would}, {size(result['bytes'])}" if result["orphans"] else "nothing left over")
+    if any(o["kind"] == "unplanned" and not o["removed"] for o in result["orphans"]):
+        _say("Files that are no part of the store go with --unplanned; look at them first.")
+    if any(o["kind"] != "unplanned" and not o["removed"] for o in result["orphans"]):
+        _say("What belongs to a machine that is gone for good goes with --host NAME.")
+
+
+def show_cache_inspect(result: Result) -> None:
+    """One table a modality."""
+    for part in result["modalities"]:
+        shown = _table("", "")
+        for key, value in part.items():
+            if key == "source":
+                for name, fact in value.items():
+                    shown.add_row(f"source {_words(name)}", _cell(fact))
+            elif key == "rows":
+                shown.add_row("rows", ", ".join(f"{first}..{stop - 1}" for first, stop in value))
+            elif key == "shards":
+                shown.add_row("shards", "..".join(map(str, dict.fromkeys(value))))
+            elif key != "modality":
+                shown.add_row(_words(key), _cell(value))
+        _print(f"{result['video']}, {part['modality']}:", shown)
+
+
+def show_cache_export(result: Result) -> None:
+    """What was written, and what could not be."""
+    _say(
+        f"{result['videos']} videos, {result['frames']:,} frames of {', '.join(result['modalities'])} in "
+        f"{result['files']} tars ({size(result['bytes'])}) in {result['out']}"
+    )
+    for skipped in result["skipped"][:SHOWN]:
+        _say(f"left out: {skipped['video']}: {skipped['reason']}")
+    if len(result["skipped"]) > SHOWN:
+        _say(f"… and {len(result['skipped']) - SHOWN} more; --json lists all")
+
+
+# ---------------------------------------------------------------- parts
+
+
 def _tally(table: Table, name: str, part: Result) -> None:
     by_video = part.get("by_video") or {}
     shares = [_percent(part.get(key)) for key in ("top1", "top5", "majority")]
@@ -309,6 +423,10 @@ def _print(title: str, table: Table) -> None:
 
 def _say(text: str) -> None:
     print(" ".join(printable(text).split()))
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def _words(key: str) -> str:

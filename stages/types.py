@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, UInt8
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cache_schema.report import SourceFile
     from cache_schema.spec import FeatureSpec
 
 
@@ -94,6 +95,9 @@ class FrameSource(Protocol):
 
         One array holds frames of one size. Raises VideoRejected; the frames already given are then void.
         """
+
+    def file(self, video_id: str) -> SourceFile:
+        """The video's file as it is now, without decoding. Raises VideoRejected."""
 
     def facts(self, video_id: str) -> SourceFacts:
         """Facts of the video whose frames were read last to the end. Raises KeyError for any other."""

@@ -2,7 +2,8 @@
 
 One task is one shard, or the shards of one long video. It is a pure function of (job, task) and publishes by itself,
 so it does not matter who runs it, how often, or in what order; a task that somebody else finished does nothing.
-Workers return a small report, never features. How a task is worked off is in conveyor.py.
+Workers return a small report, never features. How a task is worked off is in conveyor.py. Several extractions of one
+store share its tasks by claims (cache_schema/claims.py), so that none is done twice.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from cache_schema.plan import Task
+from cache_schema.plan import Segment, Task
 from cache_schema.spec import FeatureSpec
-from cache_schema.store import FeatureStore
+from cache_schema.store import FeatureStore, SegmentResult
 from stages.config import PipelineConfig
 from stages.data.frames import open_source
-from stages.extract.conveyor import run_tasks
+from stages.extract.conveyor import make_features, run_tasks
 from stages.types import FrameSource, FrozenEncoder
 
 Progress = Callable[[int, int, str], None]
 TASKS_AHEAD = 2  # queued per Dask worker: enough to keep it busy, few enough that nothing is stolen and run twice
+PAUSE_S = 1.0  # before asking again for a task that another extraction has claimed
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,25 @@ class ExtractionReport:
 
 
 @functools.lru_cache(maxsize=1)
-def worker(job: Job) -> tuple[FrameSource, tuple[FrozenEncoder, ...], dict[str, FeatureStore]]:
-    """The open source, encoders and stores of this process; built once per job."""
+def tools(job: Job) -> tuple[FrameSource, tuple[FrozenEncoder, ...]]:
+    """The open source and the encoders of this process; built once per job. ``release`` closes them."""
     source = open_source(job.config.data)
-    encoders = tuple(_encoder(job, builder, source) for builder in job.builders)
-    return source, encoders, open_stores(job, _specs(encoders))
+    return source, tuple(_encoder(job, builder, source) for builder in job.builders)
+
+
+@functools.lru_cache(maxsize=1)
+def worker(job: Job) -> tuple[FrameSource, tuple[FrozenEncoder, ...], dict[str, FeatureStore]]:
+    """The tools and the stores that they write; stores that are not there are made."""
+    source, encoders = tools(job)
+    return source, encoders, open_stores(job, specs_made(encoders))
+
+
+def release(job: Job) -> None:
+    """Close the source and forget the encoders of this process."""
+    if tools.cache_info().currsize:
+        tools(job)[0].close()
+    tools.cache_clear()
+    worker.cache_clear()
 
 
 def _encoder(job: Job, builder: str, source: FrameSource) -> FrozenEncoder:
@@ -90,7 +107,8 @@ def _encoder(job: Job, builder: str, source: FrameSource) -> FrozenEncoder:
     return encoder
 
 
-def _specs(encoders: Sequence[FrozenEncoder]) -> dict[str, FeatureSpec]:
+def specs_made(encoders: Sequence[FrozenEncoder]) -> dict[str, FeatureSpec]:
+    """What each modality of these encoders is made by."""
     return {modality: spec for encoder in encoders for modality, spec in encoder.specs.items()}
 
 
@@ -109,15 +127,24 @@ def open_stores(job: Job, specs: Mapping[str, FeatureSpec]) -> dict[str, Feature
 
 
 def run_task(job: Job, task: Task) -> dict[str, int]:
-    """Extract one task and publish it (on a Dask worker); returns counts only."""
+    """Extract one task and publish it (on a Dask worker); returns counts only.
+
+    ``busy`` is 1 when another extraction has a part of it: the task is to be tried again.
+    """
     source, encoders, stores = worker(job)
-    frames = run_tasks([task], source, encoders, stores, batch_size=job.config.extract.batch_size)
-    return {"videos": len(task.segments), "frames": frames}
+    done = run_tasks([task], source, encoders, stores, batch_size=job.config.extract.batch_size)
+    return {"videos": len(task.segments), "frames": done.frames, "busy": len(done.busy)}
+
+
+def features_of(job: Job, segment: Segment) -> SegmentResult[Mapping[str, np.ndarray]]:
+    """Features as an extraction makes them, for those who write no task: repair and semantic checks."""
+    source, encoders = tools(job)
+    return make_features(source, encoders, segment, batch_size=job.config.extract.batch_size)
 
 
 def specs_of(job: Job) -> dict[str, FeatureSpec]:
     """The specs of the job's encoders (a Dask worker answers this: the client needs no copy of the weights)."""
-    return _specs(worker(job)[1])
+    return specs_made(worker(job)[1])
 
 
 def extract(
@@ -191,7 +218,7 @@ class _Engine:
     """Runs tasks inline, or on a local Dask cluster of ``workers`` processes."""
 
     def __init__(self, job: Job, workers: int) -> None:
-        self.job, self.workers = job, workers
+        self.job, self.workers, self.rounds = job, workers, 0
 
     def __enter__(self) -> _Engine:
         if self.workers:
@@ -208,9 +235,7 @@ class _Engine:
             self.client.close()
             self.cluster.close()
         else:
-            if worker.cache_info().currsize:
-                worker(self.job)[0].close()
-            worker.cache_clear()
+            release(self.job)
 
     def specs(self) -> dict[str, FeatureSpec]:
         if self.workers:
@@ -219,35 +244,63 @@ class _Engine:
         return specs_of(self.job)
 
     def run(self, tasks: Sequence[Task], progress: Progress) -> None:
-        """Run all; raises what a task raised."""
+        """Run all, those that another extraction has claimed last; raises what a task raised."""
         total = sum(len(task.segments) for task in tasks)
         done = 0
-        if not self.workers:
+        while tasks:
 
-            def count(video: str) -> None:
-                nonlocal done
-                done += 1
-                progress(min(done, total), total, video)
+            def count(videos: int, name: str, before: int = done) -> None:
+                progress(min(before + videos, total), total, name)
 
-            source, encoders, stores = worker(self.job)
-            batch_size = self.job.config.extract.batch_size
-            run_tasks(tasks, source, encoders, stores, batch_size=batch_size, on_video=count)
-            return
+            self.rounds += 1
+            busy = self._on_workers(tasks, count) if self.workers else self._inline(tasks, count)
+            done = total - sum(len(task.segments) for task in busy)
+            if len(busy) == len(tasks):
+                progress(done, total, "waiting for another extraction")
+                time.sleep(PAUSE_S)
+            tasks = busy
+
+    def _inline(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> list[Task]:
+        """Run what is free in this process; returns the tasks of which another extraction has a part."""
+        videos = 0
+
+        def count(video: str) -> None:
+            nonlocal videos
+            videos += 1
+            progress(videos, video)
+
+        source, encoders, stores = worker(self.job)
+        batch_size = self.job.config.extract.batch_size
+        return run_tasks(tasks, source, encoders, stores, batch_size=batch_size, on_video=count).busy
+
+    def _on_workers(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> list[Task]:
+        """The same on the cluster."""
         from distributed import as_completed
 
-        waiting = iter(tasks)
-        futures = as_completed(
-            [self._submit(task) for task in _take(waiting, TASKS_AHEAD * self.workers)], with_results=True
-        )
-        for _, result in futures:
-            done += result["videos"]
-            progress(done, total, "")
-            for task in _take(waiting, 1):
-                futures.add(self._submit(task))
+        waiting, running, busy, videos = iter(tasks), {}, [], 0
+        futures = as_completed(with_results=True)
 
-    def _submit(self, task: Task) -> object:
+        def submit(count: int) -> None:
+            for task in _take(waiting, count):
+                future = self._submit(task)
+                running[future.key] = task
+                futures.add(future)
+
+        submit(TASKS_AHEAD * self.workers)
+        for future, result in futures:
+            task = running.pop(future.key)
+            if result["busy"]:
+                busy.append(task)
+            else:
+                videos += result["videos"]
+                progress(videos, "")
+            submit(1)
+        return busy
+
+    def _submit(self, task: Task) -> Any:
         # A task may run again after its worker died, even when it had finished: it then finds its shard committed.
-        return self.client.submit(run_task, self.job, task, key=f"shard-{task.shards[0]:06}", pure=False, retries=3)
+        key = f"shard-{task.shards[0]:06}-{self.rounds}"
+        return self.client.submit(run_task, self.job, task, key=key, pure=False, retries=3)
 
 
 def _take(tasks: Iterator[Task], count: int) -> list[Task]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.cache_schema.makers import SPECS, WANTED, create, extract, single
+from cache_schema import claims, write_tasks_together
+from tests.cache_schema.makers import SPECS, WANTED, create, extract, producer, single
 
 FILE_CALLS = ("pwrite", "fsync", "ftruncate", "link", "unlink", "rename", "replace", "mkdir")
 
@@ -58,3 +60,40 @@ def race(path: Path, barrier: Any, results: Any, salt: int) -> None:
     barrier.wait()
     store.finalize()
     results.put([(report.shards, report.skipped) for report in reports])
+
+
+def share(path: Path, seed: int, claimed: bool) -> None:
+    """The whole extraction beside another one, slow inside every flush, link and rename, so that kills land there.
+
+    Without claims both processes execute the same tasks at once.
+    """
+    rng = random.Random(seed)
+
+    def slowed(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(rng.uniform(0.0, 0.002))
+            result = real(*args, **kwargs)
+            time.sleep(rng.uniform(0.0, 0.002))
+            return result
+
+        return call
+
+    os.fsync = lambda _: time.sleep(rng.uniform(0.0, 0.003))
+    for name in ("link", "unlink", "rename", "replace"):
+        setattr(os, name, slowed(getattr(os, name)))
+    stores = {name: create(path, name) for name in SPECS}
+    first = stores["tokens"]
+    first.extend_plan(WANTED)
+    tasks = {task.shards: task for store in stores.values() for task in store.pending()}
+    left = [task for _, task in sorted(tasks.items())]
+    while left:
+        task = left.pop(0)
+        folder, shard = stores[min(stores)].layout.info.folder, task.shards[0]
+        claim = claims.take(folder, shard) if claimed else claims.Claim(claims.claim_file(folder, shard), b"")
+        if claim is None:
+            left.append(task)
+            time.sleep(0.005)
+            continue
+        with claim:
+            write_tasks_together(stores, task, producer(list(SPECS), bad={"dog": 1}))
+    first.finalize()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from cache_schema import index, metadata
 
 # Time limits per example say more about the other work on the machine than about the code.
 settings.register_profile("cache", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -19,3 +24,31 @@ def no_fsync():
     os.fsync = lambda _: None
     yield
     os.fsync = real
+
+
+@pytest.fixture
+def ram():
+    """A folder in memory where the system has one: for tests that write many small stores."""
+    folder = tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    yield Path(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def zarr_once():
+    """What zarr makes of the same metadata is asked once: it takes most of the time of writing a small store."""
+    known = {}
+
+    def once(function):
+        def call(*args, **kwargs):
+            key = repr((function.__name__, args, kwargs))
+            if key not in known:
+                known[key] = function(*args, **kwargs)
+            return known[key]
+
+        return call
+
+    real = metadata._made_by_zarr, index._group_files
+    metadata._made_by_zarr, index._group_files = map(once, real)
+    yield
+    metadata._made_by_zarr, index._group_files = real

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_schema import FeatureSpec, FeatureStore, Segment, SegmentFailed, SegmentResult, write_tasks_together
+from cache_schema import (
+    FeatureSpec,
+    FeatureStore,
+    Segment,
+    SegmentFailed,
+    SegmentResult,
+    claims,
+    write_tasks_together,
+)
 
 TOKENS = FeatureSpec(
     encoder="open_clip:tiny",
@@ -112,7 +120,10 @@ def extract(
     first.extend_plan(wanted)
     tasks = {task.shards: task for store in stores.values() for task in store.pending(retry_failed=retry_failed)}
     for _, task in sorted(tasks.items()):
-        write_tasks_together(stores, task, producer(modalities, **options))
+        claim = claims.take(stores[min(stores)].layout.info.folder, task.shards[0])
+        assert claim is not None
+        with claim:
+            write_tasks_together(stores, task, producer(modalities, **options))
     first.finalize()
     return stores
 

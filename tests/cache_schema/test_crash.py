@@ -10,7 +10,7 @@ import time
 import pytest
 
 from cache_schema import CacheError, FeatureStore, verify
-from tests.cache_schema.children import race, run_and_die, run_slowly
+from tests.cache_schema.children import race, run_and_die, run_slowly, share
 from tests.cache_schema.makers import SPECS, WANTED, extract, features, tree
 
 CONTEXT = multiprocessing.get_context("forkserver")  # children start from a clean process that has the imports
@@ -31,6 +31,47 @@ def run(target, *args, **kwargs):
     child.join(60)
     assert child.exitcode is not None
     return child.exitcode
+
+
+def storm(folder, kills, seed=0):
+    """Two extractions at a time on one store, killed with -9 at random moments until there were so many kills.
+
+    Checked after every kill: no shard is corrupt, none that was committed is gone or has other bytes, every frame reads
+    right. Whenever a store was finished it must be byte-equal to one that was never interrupted. Returns the counts.
+    """
+    extract(folder / "whole", list(SPECS), **FAILING)
+    expected = tree(folder / "whole")
+    path, rng = folder / "cache.zarr", random.Random(seed)
+    began = time.monotonic()
+    assert run(share, path, 0, True) == 0
+    longest = time.monotonic() - began
+    shutil.rmtree(path)
+    killed = finished = 0
+    committed = {}
+    while killed < kills or committed:
+        last = killed >= kills
+        claimed = rng.random() < 0.5
+        children = [CONTEXT.Process(target=share, args=(path, rng.random(), claimed)) for _ in range(2)]
+        for child in children:
+            child.start()
+        if not last:
+            time.sleep(rng.uniform(0.0, longest))
+            for child in children[: rng.choice((1, 2))]:
+                child.kill()
+        for child in children:
+            child.join(120)
+            assert child.exitcode in (0, -9)
+        killed += sum(child.exitcode == -9 for child in children)
+        check_what_is_left(path, allowed=("missing", "videos_index"))
+        now = {name: data for name, data in tree(path).items() if "/c/" in name and name.startswith(tuple(SPECS))}
+        assert now.items() >= committed.items(), "a committed shard is gone or has changed"
+        committed = now
+        if any(child.exitcode == 0 for child in children):
+            assert run(share, path, 0, True) == 0  # sweeps what a killed one left, and does nothing else
+            assert tree(path) == expected
+            shutil.rmtree(path)
+            finished, committed = finished + 1, {}
+    return {"kills": killed, "finished_stores_equal": finished, "corrupt": 0, "lost": 0}
 
 
 def check_what_is_left(path, allowed=("missing",)):
@@ -96,6 +137,10 @@ def test_killed_ten_times_at_random_moments_and_resumed_the_store_is_byte_equal(
     assert killed == 10
     assert run(run_slowly, path, **FAILING) == 0
     assert tree(path) == uninterrupted
+
+
+def test_01_06_two_extractions_killed_at_25_random_moments_lose_and_damage_nothing(ram):
+    assert storm(ram, 25)["finished_stores_equal"] >= 1
 
 
 def test_a_retry_that_is_killed_leaves_the_old_shard_and_can_be_run_again(tmp_path):

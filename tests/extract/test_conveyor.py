@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import typer
 
-from cache_schema import files
+from cache_schema import claims, files
 from cache_schema.store import FeatureStore
 from pipeline.errors import guard
 from stages.data.sources.video_files import VideoFiles
@@ -24,7 +24,7 @@ from stages.data.sources.video_process import DecoderProcess
 from stages.extract.clip import FrozenClip
 from stages.extract.conveyor import Channel, Stopped
 from stages.extract.dit import FrozenDiT
-from stages.extract.run import Job, extract
+from stages.extract.run import Job, extract, open_stores, release, specs_of
 from tests.extract.conftest import tree, wanted
 
 MakeJob = Callable[..., Job]
@@ -114,6 +114,31 @@ def test_each_encoder_resumes_where_it_was(
     extract(job, wanted(world / "videos"))
     assert tree(tmp_path / "store") == whole
     assert 0 < sum(read) < 40
+
+
+def test_06_what_another_extraction_has_claimed_is_left_to_it_and_done_here_last_where_it_was_not(
+    world: Path, make_job: MakeJob, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(world / "videos", tmp_path / "store", which="both")
+    open_stores(job, specs_of(job))
+    release(job)
+    folder = FeatureStore.open(tmp_path / "store", "tokens").layout.info.folder
+    other = claims.take(folder, 0)
+    assert other is not None
+    order: dict[type, list[str]] = {FrozenClip: [], FrozenDiT: []}
+    asked: list[str] = []
+    counted(monkeypatch, VideoFiles, "frames", lambda _n, video, _index: asked.append(video))
+    for encoder, seen in order.items():
+        counted(monkeypatch, encoder, "view", lambda *_, seen=seen: seen.append(asked[-1]))
+
+    def progress(_done: int, _total: int, text: str) -> None:
+        if text == "waiting for another extraction":
+            other.give_up()
+
+    extract(job, wanted(world / "videos"), progress=progress)
+    names = sorted(wanted(world / "videos"))
+    assert order == {FrozenDiT: names, FrozenClip: [*names[3:], *names[:3]]}
+    assert tree(tmp_path / "store") == whole
 
 
 def test_a_retry_reads_the_failed_video_only(
@@ -271,12 +296,12 @@ def test_an_error_of_the_encoder_names_its_video_and_what_came_before_is_kept(
 ) -> None:
     def fail(number: int, *_: object) -> None:
         if number == 6:
-            raise MemoryError("of the device")
+            raise RuntimeError("of the device")
 
     job, names = make_job(world / "videos", tmp_path / "store"), sorted(wanted(world / "videos"))
     with monkeypatch.context() as patch:
         counted(patch, FrozenClip, "encode", fail)
-        with pytest.raises(MemoryError) as caught:
+        with pytest.raises(RuntimeError, match="of the device") as caught:
             extract(job, wanted(world / "videos"))
     assert caught.value.__notes__ == [f"It happened at video {names[5]!r}."]
     assert partial_files(tmp_path / "store") == []

@@ -173,6 +173,29 @@ def test_a_truncated_safetensors_file_is_refused_by_name(tmp_path: Path) -> None
         read_tensors(tmp_path)
 
 
+HEADERS = {
+    "longer than the file": (1 << 62, b"{}"),
+    "not JSON": (None, b"{"),
+    "overlapping": (
+        None,
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+        b' "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}',
+    ),
+    "beyond the end": (None, b'{"a": {"dtype": "F32", "shape": [9999], "data_offsets": [0, 39996]}}'),
+    "another size than the shape": (None, b'{"a": {"dtype": "F32", "shape": [5], "data_offsets": [0, 12]}}'),
+    "an unknown dtype": (None, b'{"a": {"dtype": "O", "shape": [3], "data_offsets": [0, 12]}}'),
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_31_a_hostile_safetensors_header_is_refused_by_file(tmp_path: Path, what: str) -> None:
+    length, header = HEADERS[what]
+    size = (len(header) if length is None else length).to_bytes(8, "little")
+    (tmp_path / "model.safetensors").write_bytes(size + header + bytes(12))
+    with pytest.raises(WeightsRefused, match=r"model\.safetensors"):
+        read_tensors(tmp_path)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickled_file_with_code_is_refused_without_running_it(tmp_path: Path, zipped: bool) -> None:
     mark = tmp_path / "executed"

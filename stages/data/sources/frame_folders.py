@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from cache_schema.report import SourceFile
 from stages.data.sources.folder_ids import FolderIds
 from stages.data.sources.frame_grid import Rejected
 from stages.data.sources.image_frames import (
@@ -93,6 +95,14 @@ class FrameFolders:
         except Rejected as error:
             raise VideoRejected(video_id, error.kind, error.reason) from error
         self._last.remember(video_id, sequence.facts(video_id, numbers, clamped))
+
+    def file(self, video_id: str) -> SourceFile:
+        """Names and sizes of the frames as they are now. Raises VideoRejected."""
+        try:
+            # Facts are of names and sizes alone, so their hash costs nothing and needs no time to be asked for.
+            return self._sequence(video_id).file(math.inf)
+        except Rejected as error:
+            raise VideoRejected(video_id, error.kind, error.reason) from error
 
     def facts(self, video_id: str) -> SourceFacts:
         """Facts of the video whose frames were read last to the end. Raises KeyError for any other."""

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError, features
 
+from cache_schema.report import SourceFile
 from stages.data.sources.frame_grid import EPSILON, Rejected, as_rate, count_clamped, grid_count
 from stages.types import SourceFacts
 
@@ -105,6 +106,11 @@ class ImageSequence:
             except OSError as error:
                 raise Rejected("unreadable", f"{frame.name} cannot be read: {error.strerror}") from error
             yield rgb_of_jpeg(data, frame.name, self.max_pixels)
+
+    def file(self, modified: float) -> SourceFile:
+        """The sequence as one file: sizes together, the sha256 of the facts."""
+        facts = self.facts("", [], 0)
+        return SourceFile(facts.size, modified, lambda: facts.sha256)
 
     def facts(self, video_id: str, numbers: list[int], clamped: int) -> SourceFacts:
         """Facts of the sequence: its sha256 is of the names and sizes of all frames, in order."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -26,12 +27,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from cache_schema.report import SourceFile
 from stages.data.sources.folder_ids import key_of, refuse_bad_id
 from stages.data.sources.frame_grid import Rejected
 from stages.data.sources.image_frames import FOLDER_FPS, ImageSequence, StoredFrame, image_decoder, image_rule
 from stages.data.sources.picture_batches import LastRead, checked_index, in_batches
 from stages.data.sources.tar_index import SkippedMember, TarVideo, add_tar
-from stages.data.sources.video_files import VideoReader, video_rule
+from stages.data.sources.video_files import VideoReader, file_of, video_rule
 from stages.data.sources.video_process import VideoLimits, VideoPart
 from stages.types import SourceFacts, VideoRejected
 
@@ -134,6 +136,16 @@ class WebDatasetTars:
         except Rejected as error:
             raise VideoRejected(video_id, error.kind, error.reason) from error
         self._last.remember(video_id, sequence.facts(video_id, numbers, clamped))
+
+    def file(self, video_id: str) -> SourceFile:
+        """The tar member, or the frames, as they are now. Raises VideoRejected."""
+        found = self._find(video_id)
+        if found.video is not None:
+            return file_of(video_id, found.video)
+        try:
+            return self._sequence(found).file(math.inf)  # as for frame folders
+        except Rejected as error:
+            raise VideoRejected(video_id, error.kind, error.reason) from error
 
     def facts(self, video_id: str) -> SourceFacts:
         """Facts of the video whose frames were read last to the end. Raises KeyError for any other."""

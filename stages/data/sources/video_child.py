@@ -15,7 +15,6 @@ without giving back the interpreter lock is ended by the kernel's timer instead.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import queue
 import resource
@@ -31,12 +30,11 @@ from av.error import FFmpegError
 
 from stages.data.sources.frame_grid import Rejected, as_rate
 from stages.data.sources.video_decode import Selection, count_grid_frames
-from stages.data.sources.video_sniff import Window, open_window, refuse_what_is_no_video
+from stages.data.sources.video_sniff import open_window, refuse_what_is_no_video, sha256_of
 from stages.data.sources.video_timeline import Limits
 from stages.data.sources.video_wire import Message, receive, send
 
 GRACE_S = 10.0  # the parent kills at timeout_s; the kernel's timer only has to end an orphan
-HASH_BLOCK = 1 << 20
 
 
 def main() -> None:
@@ -142,15 +140,6 @@ def work(request: dict[str, Any], reply: Callable[..., None]) -> Message:
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise Rejected("changed", "the file was written to while it was read")
         return {"is": "done", "size": window.size, "sha256": digest, "clamped": selection.clamped}
-
-
-def sha256_of(window: Window) -> str:
-    """sha256 of the file, or of the tar member, as hex."""
-    digest = hashlib.sha256()
-    window.seek(0)
-    while block := window.read(HASH_BLOCK):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

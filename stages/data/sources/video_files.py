@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from cache_schema.report import SourceFile
 from stages.data.sources.folder_ids import FolderIds, is_video_name, without_suffix
 from stages.data.sources.frame_grid import Rejected
 from stages.data.sources.picture_batches import LastRead, checked_index, in_batches
 from stages.data.sources.video_process import ReadFacts, VideoDecoder, VideoLimits, VideoPart
+from stages.data.sources.video_sniff import open_window, sha256_of
 from stages.types import SourceFacts, VideoRejected
 
 log = logging.getLogger(__name__)
@@ -21,6 +24,20 @@ log = logging.getLogger(__name__)
 def video_rule(fps: float) -> str:
     """How an index becomes a picture of a video; part of the feature spec."""
     return f"{fps:g} fps grid from first pts, frame on screen, rotation applied, v1"
+
+
+def file_of(video_id: str, part: VideoPart) -> SourceFile:
+    """A video on disk as it is now. Its sha256 is the one that the facts hold. Raises VideoRejected."""
+
+    def sha256() -> str:
+        with open_window(part.path, part.offset, part.size) as window:
+            return sha256_of(window)
+
+    try:
+        with open_window(part.path, part.offset, part.size) as window:
+            return SourceFile(window.size, os.fstat(window.fd).st_mtime, sha256)
+    except Rejected as error:
+        raise VideoRejected(video_id, error.kind, error.reason) from error
 
 
 class VideoReader:
@@ -122,6 +139,10 @@ class VideoFiles:
         """
         wanted = checked_index(frame_index)
         yield from self._reader.frames(video_id, self._part(video_id), wanted, batch_size)
+
+    def file(self, video_id: str) -> SourceFile:
+        """The file as it is now, without decoding. Raises VideoRejected."""
+        return file_of(video_id, self._part(video_id))
 
     def facts(self, video_id: str) -> SourceFacts:
         """Facts of the video whose frames were read last to the end. Raises KeyError for any other."""

@@ -6,6 +6,7 @@ earlier and gives refusals a true reason. Nothing here trusts a length it reads.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from stages.data.sources.frame_grid import Rejected
 
 HEAD_BYTES = 4096
+HASH_BLOCK = 1 << 20
 IMAGE_MAGIC = {
     b"\xff\xd8\xff": "a JPEG image",
     b"\x89PNG\r\n\x1a\n": "a PNG image",
@@ -97,6 +99,15 @@ def open_window(path: str, offset: int, size: int | None) -> Window:
         os.close(fd)
         raise Rejected("empty_file", "the file is empty (0 bytes)")
     return Window(fd, offset, length)
+
+
+def sha256_of(window: Window) -> str:
+    """sha256 of the file, or of the tar member, as hex."""
+    digest = hashlib.sha256()
+    window.seek(0)
+    while block := window.read(HASH_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def refuse_what_is_no_video(window: Window) -> None:

@@ -1,0 +1,95 @@
+"""What lies in a store and is no part of it: partial files and claims of dead processes, and files of nobody.
+
+Finding writes nothing. What a living process may still need is never removed, and neither is a file whose origin is
+unknown unless the caller says so: it may be somebody's notes, or a shard whose plan was lost.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_schema import claims, files, metadata
+from cache_schema.planfile import is_generation
+from cache_schema.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """One file or folder. ``why`` says whose it is, ``dead`` that nobody can need it any more."""
+
+    path: Path
+    kind: str  # "partial", "claim", "unplanned"
+    why: str
+    dead: bool
+    bytes: int
+
+
+def find(store: Path, *, dead_hosts: Collection[str] = frozenset()) -> list[Orphan]:
+    """All of them, sorted by path.
+
+    Args:
+        dead_hosts: machines that are known to be gone, so that what their processes left counts as dead. Whether a
+            process of another machine lives cannot be known from here.
+    """
+    found: list[Orphan] = []
+    modalities = metadata.list_modalities(store)
+    arrays = {store / modality for modality in modalities}
+    folders = {store, store / "plan", *(store / part for modality in modalities for part in metadata.path_to(modality))}
+    for folder in folders:
+        for path, host, dead in files.partials(folder):
+            why = f"a writer on {host} that is gone" if dead or host in dead_hosts else f"a writer on {host}"
+            found.append(Orphan(path, "partial", why, dead or host in dead_hosts, _size(path)))
+    for array in arrays:
+        for path, reason in claims.found(array):
+            host = str(claims.holder_of(path).get("host", "?"))
+            gone = bool(reason) or host in dead_hosts
+            why = f"an extraction on {host}" + " that is gone" * gone
+            found.append(Orphan(path, "claim", why, gone, _size(path)))
+    known = {orphan.path for orphan in found}
+    for path in _strangers(store, modalities):
+        if path not in known:
+            found.append(Orphan(path, "unplanned", "neither in the plan nor part of the format", False, _size(path)))
+    return sorted(found, key=lambda orphan: orphan.path)
+
+
+def remove(orphan: Orphan) -> None:
+    """Remove one, folders with what is in them. One that went by itself meanwhile is no error."""
+    files.discard(orphan.path)
+
+
+def _strangers(store: Path, modalities: Collection[str]) -> Iterator[Path]:
+    roots = {modality.partition("/")[0] for modality in modalities}
+    yield from _except(store, {"zarr.json", "plan", "videos", *roots}.__contains__)
+    yield from _except(store / "plan", lambda name: name == "zarr.json" or is_generation(name))
+    for modality in modalities:
+        for parent in metadata.path_to(modality)[:-1]:
+            inside = {m.removeprefix(f"{parent}/").partition("/")[0] for m in modalities if m.startswith(f"{parent}/")}
+            yield from _except(store / parent, {"zarr.json", *inside}.__contains__)
+        opened = FeatureStore.open(store, modality)
+        array, shards = opened.layout.info.folder, opened.plan.num_shards
+        yield from _except(array, {"zarr.json", "c"}.__contains__)
+        yield from _except(array / "c", {str(number) for number in range(shards)}.__contains__)
+        for number in range(shards):
+            folder = array / "c" / str(number)
+            for _ in opened.spec.frame_shape:
+                yield from _except(folder, {"0"}.__contains__)
+                folder = folder / "0"
+
+
+def _except(folder: Path, expected: Callable[[str], bool]) -> Iterator[Path]:
+    if folder.is_dir() and not folder.is_symlink():
+        yield from (folder / name for name in sorted(os.listdir(folder)) if not expected(name))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder. What goes away meanwhile counts as nothing."""
+    total = 0
+    for place, _, names in os.walk(path):
+        total += sum(_size(Path(place) / name) for name in names)
+    try:
+        return total or path.lstat().st_size
+    except FileNotFoundError:
+        return total

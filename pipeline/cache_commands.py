@@ -1,0 +1,238 @@
+"""``pipeline cache``: what is in a feature store, whether it is sound, and how to mend it.
+
+Parse, call, print, as in pipeline/cli.py; what the commands do is in pipeline/cache_tools.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.errors import CACHE, FAILURES, guard
+
+if TYPE_CHECKING:
+    from pipeline.cache_tools import Options
+
+app = typer.Typer(
+    name="cache",
+    help="Look into feature stores, check them, and mend them.",
+    epilog="Example:  pipeline cache verify --full",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+PresetOption = Annotated[
+    str, typer.Option("--preset", metavar="NAME", help="Whose default store and encoders are meant.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting that the store was extracted with.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", metavar="PATH", help="The feature store. [default: cache/…, by preset]")
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto (CUDA where there is one), cpu, cuda or cuda:N.")
+]
+HashOption = Annotated[bool, typer.Option("--hash", help="With --sources: read every video, whatever its time says.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object, the last line of stdout.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command("ls", epilog="Example:  pipeline cache ls cache")
+def ls(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where stores are looked for.")] = Path("cache"),
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the stores below a folder: modalities, videos, frames, size, digest of the settings."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline import cache_tools
+
+        _show("ls", cache_tools.list_stores(folder), as_json)
+
+
+@app.command("verify", epilog="Example:  pipeline cache verify --full --semantic 8 --sources")
+def verify(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    full: Annotated[bool, typer.Option("--full", help="Read every frame and check its checksum.")] = False,
+    semantic: Annotated[
+        int, typer.Option("--semantic", min=0, metavar="N", help="Make N frames again and compare.")
+    ] = 0,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, metavar="X", help="Largest relative error of such a frame.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Another seed takes other frames.")] = 0,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Compare the videos with those that were extracted (size, time).")
+    ] = False,
+    hashed: HashOption = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check a store: quickly by its index and footers, or deeper. Exit code 4 where something is wrong."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline import cache_tools
+        from pipeline.progress import Progress
+
+        options = _options(preset, sets, cache)
+        with Progress() as progress:
+            result = cache_tools.check(
+                options,
+                full=full,
+                semantic=semantic,
+                tolerance=tolerance,
+                seed=seed,
+                sources=sources,
+                hashed=hashed,
+                device=_device(device),
+                progress=progress,
+            )
+        _show("verify", result, as_json)
+        if result["problems"]:
+            raise typer.Exit(CACHE)
+
+
+@app.command("repair", epilog="Example:  pipeline cache repair --preset miniature --dry-run")
+def repair(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not read the frames to find damage.")] = False,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Make the features of videos again whose file was replaced.")
+    ] = False,
+    hashed: HashOption = False,
+    device: DeviceOption = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which shards are damaged; do nothing.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Extract the damaged shards again, and nothing else. What cannot be mended stays as it is, with exit code 4."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline import cache_tools
+        from pipeline.progress import Progress
+
+        options = _options(preset, sets, cache)
+        with Progress() as progress:
+            result = cache_tools.repair(
+                options,
+                quick=quick,
+                sources=sources,
+                hashed=hashed,
+                dry_run=dry_run,
+                device=_device(device),
+                progress=progress,
+            )
+        _show("repair", result, as_json)
+        if result["left"] or (dry_run and result["damaged"]):
+            raise typer.Exit(CACHE)
+
+
+@app.command("gc", epilog="Example:  pipeline cache gc --dry-run")
+def gc(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    host: Annotated[
+        list[str] | None, typer.Option("--host", metavar="NAME", help="A machine that is gone for good; repeatable.")
+    ] = None,
+    unplanned: Annotated[
+        bool, typer.Option("--unplanned", help="Also remove files that are no part of the store.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; do nothing.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Remove what dead processes left: partial files and claims."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline import cache_tools
+
+        result = cache_tools.collect_garbage(
+            _options(preset, sets, cache), dead_hosts=set(host or ()), unplanned=unplanned, dry_run=dry_run
+        )
+        _show("gc", result, as_json)
+
+
+@app.command("inspect", epilog="Example:  pipeline cache inspect v000")
+def inspect(
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="The video's id.")],
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show one video in every modality: rows, status, source file, and what its features look like."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline import cache_tools
+
+        _show("inspect", cache_tools.inspect(_options(preset, sets, cache), video), as_json)
+
+
+@app.command("export", epilog="Example:  pipeline cache export --out tars --modality pooled/layer8")
+def export(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="webdataset: tars of npz and json.")
+    ] = "webdataset",
+    modality: Annotated[
+        list[str] | None, typer.Option("--modality", metavar="NAME", help="Only this one; repeatable. [default: all]")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the features in the format of another tool. Nothing is pickled."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline import cache_tools
+
+        result = cache_tools.export(_options(preset, sets, cache), out, form=form, modalities=modality or [])
+        _show("export", result, as_json)
+        if result["skipped"]:
+            raise typer.Exit(FAILURES)
+
+
+def _options(preset: str, sets: list[str] | None, cache: Path | None) -> Options:
+    from pipeline import cache_tools, overrides, presets
+
+    config = overrides.apply(presets.get(preset), sets or [])
+    return cache_tools.Options(config, sets or [], cache or presets.default_cache(config))
+
+
+def _device(name: str) -> Callable[[], str]:
+    """Resolved only where an encoder is built: that loads torch."""
+
+    def resolve() -> str:
+        from pipeline import cli  # here: cli imports this module
+
+        cli._compose(dry_run=False)
+        return cli._device(name, dry_run=False)
+
+    return resolve
+
+
+def _show(command: str, result: dict[str, Any], as_json: bool) -> None:
+    from pipeline import results
+
+    if as_json:
+        print(results.as_json(result))
+    else:
+        {
+            "ls": results.show_cache_ls,
+            "verify": results.show_cache_verify,
+            "repair": results.show_cache_repair,
+            "gc": results.show_cache_gc,
+            "inspect": results.show_cache_inspect,
+            "export": results.show_cache_export,
+        }[command](result)
