@@ -27,7 +27,7 @@ MAX_OBJECT = 5 << 30  # the most that S3 copies in one request
 ATTEMPTS = 3  # at one commit whose answers are lost, on top of the library's retries of one request
 # The end of a shard: its index (at most 16 MiB) and the trailer, whose checksum covers the footer with all checksums.
 _COMPARED = 17 << 20
-_WRITE_ID = "writeid"  # letters only: Azure allows no hyphen in the name of metadata
+WRITE_ID = "writeid"  # letters only: Azure allows no hyphen in the name of metadata
 _URL = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)$", re.DOTALL)
 _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{1,221}$")
 _NAME = re.compile(r"^[A-Za-z0-9._=+@,() -]{1,255}$")
@@ -242,7 +242,7 @@ class ObjectPath:
         def put() -> str:
             body = source if isinstance(source, bytes) else source.read_bytes()
             mode: Any = {"e_tag": expected} if expected else "create"
-            return obstore.put(store, self.key, body, mode=mode, attributes={_WRITE_ID: write_id})["e_tag"] or ""
+            return obstore.put(store, self.key, body, mode=mode, attributes={WRITE_ID: write_id})["e_tag"] or ""
 
         def copy() -> str:
             if expected and self.head()[1] != expected:
@@ -275,14 +275,14 @@ class ObjectPath:
         import obstore
 
         options: dict[str, Any] = {"chunk_size": PART, "max_concurrency": PARTS_IN_FLIGHT, "use_multipart": True}
-        attributes: Any = {_WRITE_ID: write_id}
+        attributes: Any = {WRITE_ID: write_id}
         self._ask("uploading", lambda: obstore.put(self._store(), self.key, source, attributes=attributes, **options))
 
     def _ours(self, write_id: str, source: bytes | Path, size: int) -> str | None:
         """The entity tag of what is there, when we wrote it. S3's conditional copy drops the id: equal ends decide."""
         data, there, e_tag, attributes = replace(self, e_tag="")._end(_COMPARED)
-        if _WRITE_ID in attributes:
-            return e_tag if attributes[_WRITE_ID] == write_id else None
+        if WRITE_ID in attributes:
+            return e_tag if attributes[WRITE_ID] == write_id else None
         if isinstance(source, Path):
             with source.open("rb") as file:
                 file.seek(max(0, size - _COMPARED))

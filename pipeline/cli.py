@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.errors import FAILURES, ConfigError, NotAvailable, guard
+from pipeline.errors import ENVIRONMENT, FAILURES, ConfigError, NotAvailable, guard
 
 if TYPE_CHECKING:
+    from cache_schema.objects import StorePath
     from stages.config import PipelineConfig
 
 app = typer.Typer(
@@ -44,7 +45,14 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times.")
 ]
 CacheOption = Annotated[
-    Path | None, typer.Option("--cache", metavar="PATH", help="The feature store. [default: cache/…, by preset]")
+    str | None,
+    typer.Option("--cache", metavar="PATH", help="The feature store: a folder or s3://… [default: cache/…, by preset]"),
+]
+LocalOption = Annotated[
+    Path | None, typer.Option("--cache-local", metavar="DIR", help="Keep shards of an s3:// store here as well.")
+]
+BudgetOption = Annotated[
+    str, typer.Option("--cache-local-budget", metavar="SIZE", help="At most so much of them, such as 800MB or 2TB.")
 ]
 RunOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")]
 EvaluatedRunOption = Annotated[
@@ -98,6 +106,8 @@ def extract_clip(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     out: ReportOption = None,
     split: SplitsOption = None,
     workers: WorkersOption = 0,
@@ -110,7 +120,8 @@ def extract_clip(
     """Put the patch tokens of the frozen image encoder into the cache."""
     with guard(debug=debug, as_json=as_json):
         config = _config(preset, sets)
-        _extract("clip", config, cache, out, split or [], workers, retry_failed, device, dry_run, as_json)
+        place = _cache(cache, config, cache_local, cache_local_budget)
+        _extract("clip", config, place, out, split or [], workers, retry_failed, device, dry_run, as_json)
 
 
 @app.command(
@@ -121,6 +132,8 @@ def extract_teacher(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     out: ReportOption = None,
     split: SplitsOption = None,
     workers: WorkersOption = 0,
@@ -133,7 +146,8 @@ def extract_teacher(
     """Put the pooled targets of the diffusion teacher into the cache."""
     with guard(debug=debug, as_json=as_json):
         config = _config(preset, sets)
-        _extract("teacher", config, cache, out, split or [], workers, retry_failed, device, dry_run, as_json)
+        place = _cache(cache, config, cache_local, cache_local_budget)
+        _extract("teacher", config, place, out, split or [], workers, retry_failed, device, dry_run, as_json)
 
 
 @app.command(
@@ -144,6 +158,8 @@ def train_student(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     out: RunOption = None,
     device: DeviceOption = "auto",
     dry_run: DryRunOption = False,
@@ -153,14 +169,14 @@ def train_student(
     """Train the memory-bank student against the cache."""
     with guard(debug=debug, as_json=as_json):
         config = _config(preset, sets)
-        cache = _cache(cache, config)
+        place = _cache(cache, config, cache_local, cache_local_budget)
         compose = _compose(dry_run)
         from pipeline.progress import Progress
 
         with Progress() as progress:
             result = compose.train(
                 config,
-                cache=cache,
+                cache=place,
                 out=out or Path("runs") / config.preset,
                 device=_device(device, dry_run),
                 dry_run=dry_run,
@@ -176,6 +192,8 @@ def evaluate(
     preset: RunPresetOption = "",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     run: EvaluatedRunOption = None,
     split: SplitOption = "test",
     checkpoint: CheckpointOption = None,
@@ -188,14 +206,14 @@ def evaluate(
     with guard(debug=debug, as_json=as_json):
         run = run or Path("runs") / (preset or "miniature")
         config, changed = _run_config(run, preset, sets)
-        cache = _cache(cache, config)
+        place = _cache(cache, config, cache_local, cache_local_budget)
         compose = _compose(dry_run)
         from pipeline.progress import Progress
 
         with Progress() as progress:
             result = compose.evaluate(
                 config if changed else None,
-                cache=cache,
+                cache=place,
                 out=run,
                 split=split,
                 checkpoint=checkpoint,
@@ -225,6 +243,25 @@ def synth(
         _show("synth", result, False, as_json)
 
 
+@app.command(epilog="Example:  pipeline doctor --store s3://bucket/features")
+def doctor(
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URL", help="Also try what a cache needs of this object store.")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what this machine, and an object store, have and lack."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline import doctor as room
+
+        result = room.examine(store)
+        _show("doctor", result, False, as_json)
+        if complaint := room.complaint(result):
+            print(f"error: {complaint}", file=sys.stderr)
+            raise typer.Exit(ENVIRONMENT)
+
+
 def _config(preset: str, sets: Sequence[str] | None) -> PipelineConfig:
     from pipeline import overrides, presets
 
@@ -240,10 +277,16 @@ def _run_config(run: Path, preset: str, sets: Sequence[str] | None) -> tuple[Pip
     return overrides.apply(base, sets or []), bool(preset or sets)
 
 
-def _cache(cache: Path | None, config: PipelineConfig) -> Path:
+def _cache(cache: str | None, config: PipelineConfig, local: Path | None, budget: str) -> StorePath:
+    from cache_schema.objects import LocalCopies, ObjectPath, locate
     from pipeline import presets
+    from pipeline.results import parse_size
 
-    return cache or presets.default_cache(config)
+    copies = LocalCopies(local, parse_size(budget)) if local is not None else None
+    store = presets.default_cache(config) if cache is None else locate(cache, copies)
+    if copies and not isinstance(store, ObjectPath):
+        raise ConfigError(f"--cache-local keeps copies of a store that is elsewhere, but {store} is a folder here")
+    return store
 
 
 def _compose(dry_run: bool) -> Any:
@@ -284,7 +327,7 @@ def _device(name: str, dry_run: bool) -> str:
 def _extract(
     which: Literal["clip", "teacher"],
     config: PipelineConfig,
-    cache: Path | None,
+    cache: StorePath,
     out: Path | None,
     splits: list[str],
     workers: int,
@@ -294,7 +337,6 @@ def _extract(
     as_json: bool,
 ) -> None:
     command = f"extract-{which}"
-    cache = _cache(cache, config)
     compose = _compose(dry_run)
     from pipeline.progress import Progress
 
@@ -337,6 +379,7 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
             "train-student": results.show_training,
             "evaluate": results.show_evaluation,
             "synth": results.show_synth,
+            "doctor": results.show_doctor,
         }[command](result)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import pytest
@@ -98,7 +98,9 @@ class Seaweed:
         small = ["-volume.max=16", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-master.telemetry=false"]
         files = [f"-dir={self.folder}", f"-s3.config={self.folder / 's3.json'}", "-filer", "-s3", "-s3.iam=false"]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen([weed(), "server", *files, *bound, *small, *options], stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [weed(), "server", *files, *bound, *small, *options], stdout=log, stderr=log
+            )
         wait_for(self._answers, self.process)
 
     def _answers(self) -> None:
@@ -140,11 +142,14 @@ class FaultProxy:
 
     It answers None (pass on), an HTTP status (nothing is passed on), ``"reset"`` (nothing is passed on, the connection
     is reset), ``"lose answer"`` (passed on, then reset), ``"half a body"`` (reset in the middle of the answer's body),
-    or a dict of headers to change (None removes one). ``seen`` keeps (method, path, status or fault).
+    or a dict of headers to change (None removes one). ``seen`` keeps (method, path, status or fault),
+    ``most_at_a_time`` how many requests were under way at once.
     """
 
     def __init__(self, upstream: int, fault: Fault = lambda *_: None) -> None:
         self.fault, self.seen = fault, list[tuple[str, str, Any]]()
+        self.most_at_a_time = self._now = 0
+        self._counting = Lock()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -171,6 +176,7 @@ class FaultProxy:
 
             def pass_on(self, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
                 connection = http.client.HTTPConnection("127.0.0.1", upstream, timeout=60)
+                proxy.count(+1)
                 try:
                     connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                     for name, value in headers.items():
@@ -181,6 +187,7 @@ class FaultProxy:
                 except OSError:  # the server is away
                     return 503, {}, b""
                 finally:
+                    proxy.count(-1)
                     connection.close()
 
             def send(self, status: int, headers: dict[str, str], content: bytes, *, half: bool = False) -> None:
@@ -215,6 +222,11 @@ class FaultProxy:
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.port = self.server.server_address[1]
+
+    def count(self, change: int) -> None:
+        with self._counting:
+            self._now += change
+            self.most_at_a_time = max(self.most_at_a_time, self._now)
 
     def __enter__(self) -> FaultProxy:
         Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

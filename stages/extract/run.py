@@ -12,11 +12,11 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
+from cache_schema.objects import StorePath
 from cache_schema.plan import Segment, Task
 from cache_schema.spec import FeatureSpec
 from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult, write_tasks_together
@@ -42,7 +42,7 @@ class Job:
 
     config: PipelineConfig
     builder: str
-    cache: Path
+    cache: StorePath
     device: str
     help_command: str = ""
 
