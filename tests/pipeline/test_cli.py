@@ -19,7 +19,7 @@ from pipeline.overrides import apply
 from pipeline.runs import RunFolder
 from tests.pipeline.conftest import EXTRACTED, Composed
 
-COMMANDS = ("extract-clip", "extract-teacher", "train-student", "evaluate", "synth")
+COMMANDS = ("extract-clip", "extract-teacher", "train-student", "evaluate", "synth", "doctor")
 STAGE_COMMANDS = COMMANDS[:4]
 GOLDEN = Path(__file__).parent.parent / "golden"
 HEAVY = ("torch", "transformers", "diffusers", "open_clip", "zarr", "numpy", "rich", "av")
