@@ -153,6 +153,8 @@ def _failure(place: Place, doing: str, error: Exception) -> StoreUnavailable:
     """The error in our own words: of the library's text only the status, S3's error code and the kind are taken."""
     text = str(error)
     status = int(match[1]) if (match := re.search(r"status code: (\d{3})", text)) else 0
+    if "NotPartial" in text:
+        status = 200  # the whole object instead of the range
     code = match[1] if (match := re.search(r"<Code>([A-Za-z]{1,60})</Code>", text)) else ""
     kind = match[1] if (match := re.search(r"\bkind: (Connect|Timeout|Request)\b", text)) else ""
     said = " ".join(filter(None, [str(status or ""), code or _KINDS.get(kind, "")])) or "no valid answer"

@@ -23,7 +23,7 @@ from cache_schema.connections import ObjectChanged, StoreUnavailable, answer, co
 SINGLE_PUT = 32 << 20  # a larger shard goes up in parts under another key, and is committed by a copy
 PART, PARTS_IN_FLIGHT = 8 << 20, 8  # of an upload: 64 MiB of memory
 RANGE = 8 << 20  # bytes of one GET
-MAX_OBJECT = 5 << 30  # the most that S3 copies in one request
+MAX_SHARD_OBJECT = 5 * 10**9  # frames of one shard; S3 copies at most 5 GiB in one request
 ATTEMPTS = 3  # at one commit whose answers are lost, on top of the library's retries of one request
 # The end of a shard: its index (at most 16 MiB) and the trailer, whose checksum covers the footer with all checksums.
 _COMPARED = 17 << 20
@@ -180,9 +180,11 @@ class ObjectPath:
         except NotSupportedError:  # Azure: the size first, then a plain range
             size, e_tag = self.head()
         except StoreUnavailable as failure:
-            if failure.status != 416:  # an empty object has no range
+            if failure.status not in (200, 416):
                 raise
             size, e_tag = self.head()
+            if size:  # only an empty object has no range
+                raise
         return self.pinned(e_tag)._get({"range": (max(0, size - count), size)}) if size else (b"", 0, e_tag, {})
 
     def _get(self, options: Mapping[str, Any]) -> tuple[Any, int, str, Mapping[str, str]]:

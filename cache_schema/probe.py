@@ -101,7 +101,7 @@ def _pinned(file: ObjectPath) -> str:
         file.pinned('"00000000000000000000000000000000"').fetch([(0, 10)])
     except ObjectChanged:
         return ""
-    return "If-Match is not looked at"
+    return "another version came than was asked for"
 
 
 def _exchange(file: ObjectPath) -> str:

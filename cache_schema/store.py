@@ -21,7 +21,7 @@ from cache_schema.connections import ObjectChanged, concurrently
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheMissing, SegmentFailed
 from cache_schema.index import STATUS, index_arrays, write_index
 from cache_schema.object_reads import read_slots
-from cache_schema.objects import ObjectPath, StorePath, locate
+from cache_schema.objects import MAX_SHARD_OBJECT, ObjectPath, StorePath, locate
 from cache_schema.plan import Plan, Segment, Task, as_frames
 from cache_schema.planfile import PlanFiles
 from cache_schema.report import Missing, TaskReport, VideoStatus
@@ -108,7 +108,13 @@ class FeatureStore:
             metadata.create_group(store, shard_frames)
             shard_frames = metadata.read_group(store)
             _check_frame_rule(store, modality, spec, shard_frames)
-            metadata.create_array(metadata.ArrayInfo(store, modality, spec, shard_frames))
+            info = metadata.ArrayInfo(store, modality, spec, shard_frames)
+            if isinstance(store, ObjectPath) and Layout(info).stride * shard_frames > MAX_SHARD_OBJECT:
+                raise ValueError(
+                    f"a shard of {shard_frames} frames has more than the 5 GB that an object store copies at once.\n"
+                    f"Make smaller ones:  --set extract.shard_frames={MAX_SHARD_OBJECT // Layout(info).stride}"
+                )
+            metadata.create_array(info)
             opened = cls.open(store, modality, spec, help_command=help_command)
             for folder in (store, store / "plan", *(store / part for part in metadata.path_to(modality))):
                 files.sweep(folder)

@@ -141,9 +141,10 @@ class FaultProxy:
     """Passes requests on to a server, except where ``fault(method, path, headers)`` says otherwise.
 
     It answers None (pass on), an HTTP status (nothing is passed on), ``"reset"`` (nothing is passed on, the connection
-    is reset), ``"lose answer"`` (passed on, then reset), ``"half a body"`` (reset in the middle of the answer's body),
-    or a dict of headers to change (None removes one). ``seen`` keeps (method, path, status or fault),
-    ``most_at_a_time`` how many requests were under way at once.
+    is reset), ``"stall"`` (no answer for long), ``"lose answer"`` (passed on, then reset), ``"half a body"`` (reset in
+    the middle of the answer's body), or a dict of headers to change (None removes one).
+
+    ``seen`` keeps (method, path, status or fault), ``most_at_a_time`` how many requests were under way at once.
     """
 
     def __init__(self, upstream: int, fault: Fault = lambda *_: None) -> None:
@@ -167,6 +168,9 @@ class FaultProxy:
                     return self.send(fault, {"content-type": "application/xml"}, content)
                 if isinstance(fault, dict):
                     headers = {k: v for k, v in {**headers, **fault}.items() if v is not None}
+                if fault == "stall":
+                    time.sleep(6)
+                    return self.reset()
                 status, answer_headers, content = self.pass_on(headers, body)
                 proxy.seen[-1] = (self.command, self.path, fault if isinstance(fault, str) else status)
                 if fault == "lose answer":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -13,7 +15,7 @@ import zarr
 from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
-from cache_schema import CacheCorrupt, CacheMissing, FeatureStore, files, metadata, objects, verify
+from cache_schema import CacheCorrupt, CacheMissing, FeatureStore, connections, files, metadata, objects, verify
 from cache_schema.connections import StoreUnavailable
 from cache_schema.objects import locate
 from tests.cache_schema.makers import SPECS, WANTED, create, extract, features, single, tree
@@ -264,6 +266,17 @@ def test_a_passing_fault_is_survived_and_a_lasting_one_ends_after_so_many_tries(
         assert SECRET not in str(caught.value)
 
 
+def test_a_store_that_goes_silent_is_asked_again(moto, monkeypatch, tokens):
+    monkeypatch.setitem(connections.TIMEOUTS, "read_timeout", timedelta(seconds=2))
+    with FaultProxy(moto.port, first(1, "stall", "GET", "/c/0/")) as proxy:
+        use(monkeypatch, proxy.port)
+        began = time.monotonic()
+        assert (tokens.read("elk", [0]) == features("tokens", "elk", [0])).all()
+        tokens.read("ant", [0, 9])
+        assert "stall" in [what for _, _, what in proxy.seen]
+        assert time.monotonic() - began < 60
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refusal_is_not_retried(moto, monkeypatch, tokens, status):
     for method, use_it in (("GET", lambda: tokens.read("ant", [0])), ("PUT", lambda: tokens.extend_plan({"fox": [1]}))):
@@ -330,3 +343,11 @@ def test_credentials_do_not_travel_unprotected_or_in_the_endpoint(monkeypatch, s
     with pytest.raises(StoreUnavailable, match=said) as caught:
         FeatureStore.open(s3, "tokens")
     assert "canary" not in str(caught.value)
+
+
+def test_a_shard_that_no_store_could_commit_is_refused_before_anything_is_made(s3):
+    stride = 69_632  # 66,306 bytes in pages
+    with pytest.raises(ValueError, match=rf"more than the 5 GB .*\n.*shard_frames={5 * 10**9 // stride}$"):
+        create(locate(s3), "tokens_large", shard_frames=100_000)
+    with pytest.raises(CacheMissing):
+        FeatureStore.open(s3, "tokens_large")
