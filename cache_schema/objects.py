@@ -30,6 +30,7 @@ _COMPARED = 17 << 20
 WRITE_ID = "writeid"  # letters only: Azure allows no hyphen in the name of metadata
 _URL = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)$", re.DOTALL)
 _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{1,221}$")
+_CHUNK = re.compile(r"/c(/\d+)+$")  # the end of a shard's key
 _NAME = re.compile(r"^[A-Za-z0-9._=+@,() -]{1,255}$")
 
 Answer = TypeVar("Answer")
@@ -239,7 +240,9 @@ class ObjectPath:
 
         store, write_id = self._store(), secrets.token_hex(16)
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        large = self.parent / source.name if isinstance(source, Path) and size > SINGLE_PUT else None
+        # In the array's folder, where partial files are swept: a killed writer leaves its upload there.
+        folder = replace(self, key=_CHUNK.sub("", self.key), e_tag="") if _CHUNK.search(self.key) else self.parent
+        large = folder / source.name if isinstance(source, Path) and size > SINGLE_PUT else None
 
         def put() -> str:
             body = source if isinstance(source, bytes) else source.read_bytes()
@@ -282,16 +285,22 @@ class ObjectPath:
 
     def _ours(self, write_id: str, source: bytes | Path, size: int) -> str | None:
         """The entity tag of what is there, when we wrote it. S3's conditional copy drops the id: equal ends decide."""
-        data, there, e_tag, attributes = replace(self, e_tag="")._end(_COMPARED)
+        try:
+            end = replace(self, e_tag="")._get({"range": (max(0, size - _COMPARED), size)})
+        except StoreUnavailable as failure:
+            if failure.status == 416:
+                return None  # it is shorter
+            raise
+        data, there, e_tag, attributes = end
         if WRITE_ID in attributes:
             return e_tag if attributes[WRITE_ID] == write_id else None
         if isinstance(source, Path):
             with source.open("rb") as file:
                 file.seek(max(0, size - _COMPARED))
-                end = file.read()
+                mine = file.read()
         else:
-            end = source[-_COMPARED:]
-        return e_tag if there == size and bytes(data) == end else None
+            mine = source[-_COMPARED:]
+        return e_tag if there == size and bytes(data) == mine else None
 
     # --- asking
 
