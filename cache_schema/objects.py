@@ -199,10 +199,10 @@ class ObjectPath:
             meta = result.meta
             return result.bytes(), meta["size"], meta["e_tag"] or "", result.attributes
 
-        answer = self._ask("reading", get)
-        if self.e_tag and answer[2] != self.e_tag:
+        got = self._ask("reading", get)
+        if self.e_tag and got[2] != self.e_tag:
             raise ObjectChanged(self)  # a store that ignores If-Match
-        return answer
+        return got
 
     # --- writing
 
@@ -258,23 +258,26 @@ class ObjectPath:
         try:
             if large is not None:
                 large._upload(source, write_id)  # type: ignore[arg-type]
-            for attempt in range(ATTEMPTS):
+            failure: Exception = AssertionError("unreachable")
+            for _ in range(ATTEMPTS):
                 try:
                     return answer(self, "committing", put if large is None else copy)
-                except (AlreadyExistsError, PreconditionError):
-                    return self._ours(write_id, source, size)
-                except (StoreUnavailable, FileNotFoundError) as error:  # 404: an upload that was completed before
-                    if getattr(error, "refused", False):
-                        raise
-                    try:
-                        return self._ours(write_id, source, size)
-                    except FileNotFoundError:
-                        if attempt == ATTEMPTS - 1:
-                            raise error from None
-            raise AssertionError("unreachable")
+                except (AlreadyExistsError, PreconditionError, StoreUnavailable, FileNotFoundError) as error:
+                    failure = error  # 404: the upload of a copy whose answer was lost is not there any more
+                if getattr(failure, "refused", False):
+                    raise failure
+                there, ours = self._what_is_there(write_id, source, size)
+                if ours:
+                    return there
+                if there != expected:  # both are empty when nothing is there
+                    return None
+            if not isinstance(failure, StoreUnavailable):
+                failure = StoreUnavailable(f"{self} changes too often to be committed. The same command resumes.")
+            raise failure from None
         finally:
             if large is not None:
-                large.delete()
+                with contextlib.suppress(StoreUnavailable):  # swept later
+                    large.delete()
 
     def _upload(self, source: Path, write_id: str) -> None:
         import obstore
@@ -283,24 +286,28 @@ class ObjectPath:
         attributes: Any = {WRITE_ID: write_id}
         self._ask("uploading", lambda: obstore.put(self._store(), self.key, source, attributes=attributes, **options))
 
-    def _ours(self, write_id: str, source: bytes | Path, size: int) -> str | None:
-        """The entity tag of what is there, when we wrote it. S3's conditional copy drops the id: equal ends decide."""
+    def _what_is_there(self, write_id: str, source: bytes | Path, size: int) -> tuple[str, bool]:
+        """Entity tag ("" when nothing is there) and whether we wrote it.
+
+        S3 drops the write id in a conditional copy: there, size and end decide.
+        """
         try:
-            end = replace(self, e_tag="")._get({"range": (max(0, size - _COMPARED), size)})
-        except StoreUnavailable as failure:
-            if failure.status == 416:
-                return None  # it is shorter
-            raise
-        data, there, e_tag, attributes = end
+            now = replace(self, e_tag="")
+            there, e_tag = now.head()
+            if not there:
+                return e_tag, False  # nothing that is written here is empty
+            data, _, e_tag, attributes = now.pinned(e_tag)._get({"range": (max(0, there - _COMPARED), there)})
+        except FileNotFoundError:
+            return "", False
         if WRITE_ID in attributes:
-            return e_tag if attributes[WRITE_ID] == write_id else None
-        if isinstance(source, Path):
-            with source.open("rb") as file:
-                file.seek(max(0, size - _COMPARED))
-                mine = file.read()
-        else:
-            mine = source[-_COMPARED:]
-        return e_tag if there == size and bytes(data) == mine else None
+            return e_tag, attributes[WRITE_ID] == write_id
+        if there != size:
+            return e_tag, False
+        if isinstance(source, bytes):
+            return e_tag, bytes(data) == source[-_COMPARED:]
+        with source.open("rb") as file:
+            file.seek(max(0, size - _COMPARED))
+            return e_tag, bytes(data) == file.read()
 
     # --- asking
 

@@ -219,7 +219,7 @@ class FaultProxy:
                 pass
 
         class Server(ThreadingHTTPServer):
-            daemon_threads = True
+            daemon_threads, request_queue_size = True, 64
 
             def handle_error(self, *_: object) -> None:  # a connection that we reset
                 pass

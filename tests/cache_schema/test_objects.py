@@ -187,6 +187,21 @@ def test_a_commit_whose_answer_is_lost_counts_once_and_as_ours(s3, moto, monkeyp
     assert not [key for key in bytes_of(s3) if "partial" in key]
 
 
+def test_an_exchange_that_was_not_done_is_done_again_and_one_that_lost_its_answer_is_not(s3, moto, monkeypatch):
+    file = locate(s3) / "one"
+    for fault in (503, "lose answer"):
+        file.write(b"old")
+        old = file.head()[1]
+        with FaultProxy(moto.port, first(1, fault, "PUT")) as proxy:
+            use(monkeypatch, proxy.port, max_retries=0)
+            new = file.exchange(b"new", old)
+        use(monkeypatch, moto.port)
+        assert new == file.head()[1] != old
+        assert [method for method, _, _ in proxy.seen].count("PUT") == (2 if fault == 503 else 1)
+        assert file.exchange(b"newer", old) is None
+        assert file.read_bytes(10) == b"new"
+
+
 def test_equal_bytes_of_another_writer_are_not_taken_for_ours(s3):
     file = locate(s3) / "one"
     assert file.create(b"the same") is not None

@@ -114,10 +114,16 @@ def test_a_folder_needs_no_probe_and_a_wrong_url_is_usage(tmp_path: Path) -> Non
     assert run("doctor", "--store", "ftp://x/y").exit_code == 2
 
 
-@pytest.mark.parametrize(("text", "count"), [("50GB", 50 * 10**9), ("1.5 TB", 15 * 10**11), ("4096", 4096), ("7B", 7)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("50GB", 50 * 10**9), ("1.5 TB", 15 * 10**11), ("800 kB", 800_000), ("7 bytes", 7)]
+)
 def test_sizes_are_read_as_they_are_shown(text: str, count: int) -> None:
     assert parse_size(text) == count
     assert parse_size(size(count)) == count
+
+
+def test_a_bare_number_is_bytes() -> None:
+    assert (parse_size("4096"), parse_size("7B")) == (4096, 7)
 
 
 @pytest.mark.parametrize("text", ["", "many", "-5GB", "5GiB", "1e9"])
