@@ -34,11 +34,7 @@ def probe(store: ObjectPath) -> list[Probe]:
     one, large = folder / "one", folder / "large"
     content = secrets.token_bytes(1000)
     tried = [
-        (
-            "create only",
-            "two writers of one shard would overwrite each other",
-            lambda: _create_only(one, content, made),
-        ),
+        ("create only", "two writers of one shard would overwrite each other", lambda: _create_only(one, content)),
         ("write id", "a commit whose answer is lost would count as somebody else's", lambda: _write_id(one, content)),
         ("ranges", "frames would be wrong", lambda: _ranges(one, content)),
         ("suffix ranges", "no Zarr reader finds the index at the end of a shard", lambda: _suffix(one, content)),
@@ -70,7 +66,8 @@ def _try(name: str, without: str, attempt: Callable[[], str]) -> Probe:
 
 def _create_only(file: ObjectPath, content: bytes) -> str:
     if file.create(b"another") is not None or bytes(file.fetch([(0, len(content))])[0]) != content:
-        file.write(content)  # for the next probes
+        file.delete()
+        file.create(content)  # for the next probes
         return "a second put of the same key was accepted"
     return ""
 

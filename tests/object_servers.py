@@ -123,7 +123,7 @@ def weed() -> str:
     return found
 
 
-def wait_for(ready: Callable[[], None], process: subprocess.Popen[bytes], seconds: float = 90) -> None:
+def wait_for(ready: Callable[[], None], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
