@@ -31,7 +31,7 @@ WRITE_ID = "writeid"  # letters only: Azure allows no hyphen in the name of meta
 _URL = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)$", re.DOTALL)
 _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{1,221}$")
 _CHUNK = re.compile(r"/c(/\d+)+$")  # the end of a shard's key
-_NAME = re.compile(r"^[A-Za-z0-9._=+@,() -]{1,255}$")
+_NAME = re.compile(r"^[A-Za-z0-9._=+,() -]{1,255}$")
 
 Answer = TypeVar("Answer")
 
@@ -359,16 +359,17 @@ def locate(store: str | os.PathLike[str] | ObjectPath, local: LocalCopies | None
         raise ValueError(
             "a cache is a folder, or a URL s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
         )
-    if "@" in rest.partition("/")[0] or set("?#") & set(rest):
+    if set("@?#") & set(rest):  # anywhere: a secret key may hold a slash
         raise ValueError(
             f"the {scheme}:// URL of the cache holds a user name, password or option (not repeated here).\n"
             "Give credentials in the environment (AWS_ACCESS_KEY_ID, …) and the URL as  scheme://bucket/prefix"
         )
     bucket, _, key = rest.partition("/")
     names = key.split("/") if key else []
-    if not _BUCKET.match(bucket) or any(not _NAME.match(name) or set(name) == {"."} for name in names):
+    if not _BUCKET.fullmatch(bucket) or any(not _NAME.fullmatch(name) or set(name) == {"."} for name in names):
         raise ValueError(
-            f"not a usable cache URL: {scheme}://{bucket[:80]}/{key[:200]!r}. Example: s3://bucket/lvu/features"
+            "not a usable cache URL: a bucket of letters, digits and .-_, then names without control characters or "
+            "doubled slashes.\nExample:  s3://bucket/lvu/features"
         )
     return ObjectPath(scheme, bucket, key, root=f"{scheme}://{rest}", local=local)
 

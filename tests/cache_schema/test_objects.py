@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -230,6 +233,24 @@ def test_an_upload_that_a_dead_process_left_is_swept_and_a_living_one_stays(s3):
         file.write(b"half")
     create(locate(s3))
     assert [file.exists() for file in (dead, living, elsewhere)] == [False, True, True]
+
+
+def upload_and_die(url):
+    objects.SINGLE_PUT = 100
+    obstore.copy = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    extract(locate(url))
+
+
+def test_a_writer_that_dies_between_upload_and_commit_leaves_nothing_that_stays(s3):
+    child = multiprocessing.get_context("spawn").Process(target=upload_and_die, args=(s3,))
+    child.start()
+    child.join(500)
+    assert child.exitcode == -signal.SIGKILL
+    left = [key for key in bytes_of(s3) if key.endswith(".partial")]
+    assert [key.rpartition("/")[0] for key in left] == ["tokens"]
+    extract(locate(s3))
+    assert not [key for key in bytes_of(s3) if key.endswith(".partial")]
+    assert verify.full(FeatureStore.open(s3, "tokens")) == []
 
 
 def test_a_plan_file_that_is_missing_below_another_is_noticed(s3, tokens):
