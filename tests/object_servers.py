@@ -104,6 +104,8 @@ class Seaweed:
         wait_for(self._answers, self.process)
 
     def _answers(self) -> None:
+        # The gateway answers before the master knows the volumes again; until then reads are 500.
+        urllib.request.urlopen(f"http://127.0.0.1:{self.ports[0]}/dir/assign", timeout=5).close()
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready/none", timeout=5)
         except urllib.error.HTTPError as error:

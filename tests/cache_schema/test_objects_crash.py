@@ -105,6 +105,7 @@ def test_a_server_that_is_killed_and_comes_back_is_waited_for_or_the_run_resumes
         extract(store, MODALITIES, SMALL, on_batch=kill_in_the_middle)
     assert batches >= kills[1]
     seaweed.start()
+    monkeypatch.setitem(connections.RETRY, "max_retries", 30)
     connections.forget_connections()
     check_what_is_left(store)
     extract(store, MODALITIES, SMALL)
