@@ -37,14 +37,8 @@ def hidden_states(
     def attend(part: Attention, states: Tensor, source: Tensor, plan: MergePlan, keep: Tensor | None) -> Tensor:
         inner = part.attention
         mixed = bank_attention(
-            inner.query(states),
-            source,
-            inner.key,
-            inner.value,
-            plan,
-            num_heads=inner.num_heads,
-            keep=keep,
-            detach=detach,
+            inner.query(states), source, inner.key, inner.value, plan,
+            num_heads=inner.num_heads, keep=keep, detach=detach,
         )
         return part.output(mixed, states)
 

@@ -108,12 +108,8 @@ def _scan(prefix: Float[Tensor, "S Z"], num_frames: int, max_len: int) -> list[T
     def cosine(first: Int[Tensor, "S z"]) -> Float[Tensor, "S z"]:
         """Rounded cosine of entries ``first`` and ``first + 1``."""
         b0, b1, b2 = (bounds.gather(1, first + i) for i in range(3))
-        corners = torch.stack(
-            [b0 * side + b0, b0 * side + b1, b0 * side + b2, b1 * side + b1, b1 * side + b2, b2 * side + b2]
-        )
-        p00, p01, p02, p11, p12, p22 = (
-            prefix.gather(1, corners.transpose(0, 1).flatten(1)).view(columns, 6, -1).unbind(1)
-        )
+        corners = torch.stack([b0 * side + b0, b0 * side + b1, b0 * side + b2, b1 * side + b1, b1 * side + b2, b2 * side + b2])
+        p00, p01, p02, p11, p12, p22 = prefix.gather(1, corners.transpose(0, 1).flatten(1)).view(columns, 6, -1).unbind(1)
         left, right = (b1 - b0).double(), (b2 - b1).double()
         across = (p12 - p02 - p11 + p01) / (left * right)
         norms = [

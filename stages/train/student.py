@@ -137,7 +137,9 @@ class Student(nn.Module):
         f = f.transpose(0, 1).to(device=self.query_tokens.device, dtype=self.ln_vision.weight.dtype)
         frames = self.ln_vision(f) + self.image_pe.weight[: len(f), None, None]  # [T, B, P, C]
         queries = self.query_tokens.expand(len(text_ids), -1, -1)
-        hidden = parallel.hidden_states(self.qformer, frames, queries, text_ids, text_keep, max_len=self.cfg.memory_len)
+        hidden = parallel.hidden_states(
+            self.qformer, frames, queries, text_ids, text_keep, max_len=self.cfg.memory_len
+        )
         return hidden[-1][-1], {u: hidden[u - 1][first_wanted:].transpose(0, 1) for u in levels}
 
     def _sequential(

@@ -19,8 +19,8 @@ from pipeline.overrides import apply
 from pipeline.runs import RunFolder
 from tests.pipeline.conftest import EXTRACTED, Composed
 
-COMMANDS = ("extract", "extract-clip", "extract-teacher", "train-student", "evaluate", "baselines", "compare", "tour")
-STAGE_COMMANDS = COMMANDS[:5]
+STAGE_COMMANDS = ("extract", "extract-clip", "extract-teacher", "train-student", "evaluate")
+COMMANDS = (*STAGE_COMMANDS, "baselines", "compare", "tour", "doctor")
 GOLDEN = Path(__file__).parent.parent / "golden"
 HEAVY = ("torch", "transformers", "diffusers", "open_clip", "zarr", "numpy", "rich", "av")
 

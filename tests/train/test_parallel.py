@@ -17,9 +17,7 @@ LEVELS = (1, 3, 5)
 REACH = 1e-12
 
 
-def run(
-    student: Student, evaluation: str, f: torch.Tensor, prompts: list[str], **options: Any
-) -> dict[str, torch.Tensor]:
+def run(student: Student, evaluation: str, f: torch.Tensor, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
     """Outputs and gradients of one evaluation, by name."""
     student.cfg = student.cfg.model_copy(update={"evaluation": evaluation})
     student.zero_grad()
