@@ -90,13 +90,18 @@ run_job() {
     local options=(--preset "$PRESET" ${SET:-})
     if [ "$PRESET" = miniature ]; then
         say "videos"
-        pipeline synth
+        pipeline synth --videos 2680 --workers "$(getconf _NPROCESSORS_ONLN)"
     fi
-    say "1/3 frozen features: image tokens and diffusion targets"
+    say "frozen features: image tokens and diffusion targets"
     pipeline extract "${options[@]}" || failures_only
-    say "2/3 student"
+    if [ "$PRESET" = miniature ] && [ -z "${SET:-}" ] && [ "$OUT" = runs/miniature ]; then
+        say "students, with and without the diffusion teacher, and what they have to beat"
+        pipeline tour --out "$OUT"
+        return
+    fi
+    say "student"
     pipeline train-student "${options[@]}" --out "$OUT"
-    say "3/3 evaluation"
+    say "evaluation"
     pipeline evaluate --run "$OUT"
 }
 

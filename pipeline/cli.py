@@ -57,6 +57,10 @@ LocalOption = Annotated[
 BudgetOption = Annotated[
     str, typer.Option("--cache-local-budget", metavar="SIZE", help="At most so much of them, such as 800MB or 2TB.")
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Memory to stay within, such as 20GB; chooses the micro-batch."),
+]
 RunOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")]
 EvaluatedRunOption = Annotated[
     Path | None, typer.Option("--run", "--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")
@@ -195,6 +199,7 @@ def train_student(
     cache_local: LocalOption = None,
     cache_local_budget: BudgetOption = "50GB",
     out: RunOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -202,7 +207,8 @@ def train_student(
 ) -> None:
     """Train the memory-bank student against the cache."""
     with guard(debug=debug, as_json=as_json):
-        config = _config(preset, sets)
+        room = [] if memory is None else [f"train.memory={memory}", "train.micro_batch=0"]
+        config = _config(preset, [*(sets or []), *room])
         place = place_of(cache, config, cache_local, cache_local_budget)
         compose = _compose(dry_run)
         from pipeline.progress import Progress
@@ -293,6 +299,78 @@ def baselines(
         _show("baselines", result, dry_run, as_json)
 
 
+@app.command(epilog="Example:  pipeline ablate --study levels --seeds 0-4")
+def ablate(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary", metavar="KEY=V,V,…", help="A setting and its values, such as train.lambda_kd=0,1,10; repeatable."
+        ),
+    ] = None,
+    zipped: Annotated[bool, typer.Option("--zip", help="Pair the values one by one instead of all with all.")] = False,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            "--study", metavar="NAME", help="The paper's: lambda (Fig. 3), levels (Fig. 4), weights (Table 4)."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="0-4", help="Train every arm with each. [default: train.seed]")
+    ] = None,
+    cache: CacheOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="One run folder a variant. [default: runs/PRESET-STUDY]")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="For students and features. [default: what is free]")
+    ] = None,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train and score many variants on one pass over the cache; each is an ordinary run folder."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline.variants import make_variants, parse_memory
+
+        config = _config(preset, sets)
+        variants, notes = make_variants(config, vary=vary or (), zipped=zipped, study=study, seeds=seeds)
+        room = parse_memory(memory) if memory else None
+        place = place_of(cache, config)
+        _compose(dry_run)
+        from pipeline.ablate import ablate as run_ablation
+        from pipeline.progress import Progress
+
+        with Progress() as progress:
+            result = run_ablation(
+                variants,
+                cache=place,
+                out=out or Path("runs") / f"{config.preset}-{study or 'ablation'}",
+                device=_device(device, dry_run),
+                memory=room,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        _show("ablate", result | {"warnings": notes}, dry_run, as_json)
+        if not dry_run and result["dropped"]:
+            raise typer.Exit(FAILURES)
+
+
+@app.command("ablate-status", epilog="Example:  pipeline ablate-status runs/miniature-lambda")
+def ablate_status(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="What ablate was given as --out.")],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The table of an ablation so far, while it runs or after."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline.ledger import Ledger
+
+        _show("ablate-status", Ledger.open(out).result(), False, as_json)
+
+
 @app.command(epilog="Example:  pipeline tour --out runs/tour")
 def tour(
     sets: SetOption = None,
@@ -318,7 +396,65 @@ def tour(
         _show("tour", result, False, as_json)
 
 
-@app.command(epilog="Example:  pipeline compare runs/lambda-0 runs/lambda-1 runs/miniature-baselines/clip_mean")
+@app.command(epilog="Example:  pipeline diagnose --run runs/slower --samples 128")
+def diagnose(
+    cache: CacheOption = None,
+    run: EvaluatedRunOption = None,
+    split: SplitOption = "test",
+    samples: Annotated[
+        int, typer.Option("--samples", min=4, metavar="N", help="Evenly spaced samples that are looked at.")
+    ] = 64,
+    checkpoint: CheckpointOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Look into a finished student: alignment per level and frame, memory banks, attention, operations."""
+    with guard(debug=debug, as_json=as_json):
+        run = run or Path("runs") / "miniature"
+        config, _ = _run_config(run, "", None)
+        place = place_of(cache, config)
+        _compose(dry_run=False)
+        from pipeline.diagnose import diagnose as look
+        from pipeline.progress import Progress
+
+        with Progress() as progress:
+            result = look(
+                run,
+                cache=place,
+                split=split,
+                samples=samples,
+                checkpoint=checkpoint or "",
+                device=_device(device, False),
+                progress=progress,
+            )
+        _show("diagnose", result, False, as_json)
+
+
+@app.command(epilog="Example:  pipeline report runs/ablation --out ablation.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of run folders.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The page. [default: report.html in the first RUN]")
+    ] = None,
+    videos: Annotated[
+        int, typer.Option("--videos", min=0, metavar="N", help="Questions shown one by one, with their frames.")
+    ] = 6,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Put runs on one page: the answer, the paper's tables beside ours, the diagnostics, single questions, the cost."""
+    with guard(debug=debug, as_json=as_json):
+        _compose(dry_run=False)
+        from pipeline.progress import Progress
+        from pipeline.report.build import report as build
+
+        with Progress() as progress:
+            result = build(runs, out=out, shown=videos, progress=progress)
+        _show("report", result, False, as_json)
+
+
+@app.command(epilog="Example:  pipeline compare runs/lambda-0 runs/lambda-1")
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of baselines.")],
     split: SplitOption = "test",
@@ -483,6 +619,8 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
         print(f"note: {printable(str(warning))}", file=sys.stderr)
     if as_json:
         print(results.as_json(result))
+    elif dry_run and command == "ablate":
+        results.show_ablation_plan(result)
     elif dry_run:
         results.show_estimate(command, result)
     elif command.startswith("extract"):
@@ -492,7 +630,11 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
             "train-student": results.show_training,
             "evaluate": results.show_evaluation,
             "baselines": results.show_baselines,
+            "ablate": results.show_ablation,
+            "ablate-status": results.show_ablation,
             "tour": results.show_tour,
+            "diagnose": results.show_diagnosis,
+            "report": results.show_report,
             "compare": results.show_comparison,
             "synth": results.show_synth,
             "doctor": results.show_doctor,

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,6 @@ import torch
 
 from cache_schema.errors import CacheMismatch
 from cache_schema.objects import StorePath
-from cache_schema.spec import FeatureSpec
 from cache_schema.store import FeatureStore
 from pipeline import presets, registry, scoring
 from pipeline.errors import ConfigError
@@ -36,13 +36,15 @@ from stages.decode.evaluate import evaluate as answer
 from stages.decode.metrics import is_correct
 from stages.extract.run import Job
 from stages.extract.run import extract as run_extraction
+from stages.train import diagnostics
 from stages.train.alignment import Alignment
-from stages.train.loop import Trainer, make_schedule, module_weights
+from stages.train.loop import Log, Save, Trainer, make_schedule, module_weights
 from stages.train.loop import train as run_training
 from stages.train.student import Student
 from stages.types import Decoder, Sample
 
 Which = Literal["clip", "teacher"]
+SamplesFrom = Callable[[Sequence[Sample], FeatureStore], CachedSamples]  # how an evaluation reads
 MAX_LABELS = 256  # a label set; open questions have thousands of answers
 BOTH: tuple[Which, ...] = ("clip", "teacher")
 
@@ -70,7 +72,7 @@ def extract(
         sizes = {
             name: int(np.prod(shape)) * np.dtype(dtype).itemsize
             for encoder in encoders
-            for name, (shape, dtype) in _shapes(config, encoder)
+            for name, (shape, dtype) in shapes(config, encoder)
         }
         return estimate(wanted, sizes).to_json()
     if not wanted:
@@ -114,7 +116,7 @@ def _builder(config: PipelineConfig, which: Which) -> str:
     return registry.TEACHERS[config.teacher.name]
 
 
-def _shapes(config: PipelineConfig, which: Which) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+def shapes(config: PipelineConfig, which: Which) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
     """Modality, frame shape and dtype, without loading any weights."""
     module = importlib.import_module(_builder(config, which).partition(":")[0])
     yield from module.describe(config).items()
@@ -144,22 +146,61 @@ def train(
     samples = samples_of(dataset, "train")
     refuse_leaks(config, dataset.leaks)
     if dry_run:
-        return _training_estimate(config, few(samples, config.train.max_samples, config.train.seed))
+        return training_estimate(config, few(samples, config.train.max_samples, config.train.seed))
     aligned = config.train.lambda_kd > 0
     stores = open_stores(config, cache, aligned=aligned)
     data = available_samples(config, samples, stores, cache, "train")
     run = RunFolder.create(out, config)
-    checkpoint = run.load_latest()
     train_set = CachedSamples(few(data.samples, config.train.max_samples, config.train.seed), *stores)
     trainer = build_trainer(config, train_set, device)
+    state = resume_run(run, trainer)
+    total = make_schedule(config.train, len(train_set)).total_steps
+    begun, done = _now(), state["step"]
+    try:
+        with recording(run, first_step=state["step"], total=total) as (log, save):
+
+            def counted(record: dict[str, Any]) -> None:
+                nonlocal done
+                log(record)
+                done = record["step"]
+
+            summary = run_training(
+                trainer,
+                train_set,
+                log=counted,
+                save=save,
+                first_step=state["step"],
+                best=state["best"],
+                validate=validation(config, dataset, stores, cache, trainer),
+                progress=progress,
+            )
+    finally:
+        if done > state["step"]:
+            read = (done - state["step"]) * min(config.train.batch_size, len(train_set)) * _sample_bytes(config, stores)
+            run.note_session(
+                {"command": "train-student", "first_step": state["step"], "steps": done}
+                | {"bytes_read": read, "features": _fingerprints(stores), **_cost_since(begun)}
+            )
+    alarm = diagnostics.saturation(run.metrics()) if config.align.weights == "adaptive" else None
+    warnings = [*dataset.warnings, *([str(alarm)] if alarm is not None else [])]
+    return summary | {"run": str(out), "dropped": data.dropped, "warnings": warnings}
+
+
+def resume_run(run: RunFolder, trainer: Trainer) -> dict[str, Any]:
+    """Put the newest whole checkpoint into the trainer, where there is one; returns its step and best accuracy."""
     state: dict[str, Any] = {"step": 0, "best": -1.0}
+    checkpoint = run.load_latest()
     if checkpoint is not None:
         trainer.restore(checkpoint.tensors)
         state |= checkpoint.state
     run.rewind(state["step"])
-    validate = _validation(config, dataset, stores, cache, trainer)
-    total = make_schedule(config.train, len(train_set)).total_steps
-    board = run.board(first_step=state["step"])
+    return state
+
+
+@contextlib.contextmanager
+def recording(run: RunFolder, *, first_step: int, total: int) -> Iterator[tuple[Log, Save]]:
+    """What a training run calls to log a record and to save a checkpoint."""
+    board = run.board(first_step=first_step)
 
     def log(record: dict[str, Any]) -> None:
         run.log(record)
@@ -172,25 +213,40 @@ def train(
         run.save_checkpoint(step, tensors, facts, mark=tuple(mark))
 
     try:
-        summary = run_training(
-            trainer,
-            train_set,
-            log=log,
-            save=save,
-            first_step=state["step"],
-            best=state["best"],
-            validate=validate,
-            progress=progress,
-        )
+        yield log, save
     finally:
         board.close()
-    return summary | {"run": str(out), "dropped": data.dropped, "warnings": list(dataset.warnings)}
 
 
-def build_trainer(config: PipelineConfig, data: CachedSamples, device: str) -> Trainer:
-    """Frozen language model, student and (where lambda_kd > 0) alignment on one device."""
-    decoder: Decoder = registry.load("decoder", config.decode.name)(config.decode, device=device)
-    student = _student(config, data.tokens.spec, decoder, device)
+def _now() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
+def _cost_since(begun: tuple[float, float]) -> dict[str, float]:
+    """Seconds on the clock, and of this process's threads."""
+    seconds, cpu_seconds = (now - then for now, then in zip(_now(), begun, strict=True))
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds}
+
+
+def _sample_bytes(config: PipelineConfig, stores: Sequence[FeatureStore]) -> int:
+    """What one sample takes in the cache, all modalities that are read."""
+    frame = sum(int(np.prod(s.spec.frame_shape)) * np.dtype(s.spec.dtype).itemsize for s in stores)
+    return config.data.num_frames * frame
+
+
+def _fingerprints(stores: Sequence[FeatureStore]) -> dict[str, dict[str, Any]]:
+    """Which features were read: enough to find out whether two runs read the same ones."""
+    return {
+        store.modality: {"digest": store.spec.digest(), "encoder": store.spec.encoder, "weights": store.spec.weights}
+        | {"layer": store.spec.layer, "dtype": store.spec.dtype, "frame_shape": list(store.spec.frame_shape)}
+        for store in stores
+    }
+
+
+def build_trainer(config: PipelineConfig, data: CachedSamples, device: str, decoder: Decoder | None = None) -> Trainer:
+    """Frozen language model (unless given), student and (where lambda_kd > 0) alignment on one device."""
+    decoder = decoder or build_decoder(config, device)
+    student = build_student(config, data.tokens.spec.frame_shape[-1], decoder.width, device)
     alignment = None
     if data.pooled is not None:
         mean, covariance = data.target_moments() if config.align.target_norm != "none" else (None, None)
@@ -206,11 +262,17 @@ def build_trainer(config: PipelineConfig, data: CachedSamples, device: str) -> T
     return Trainer(student, alignment, decoder, config.train, config.align)
 
 
+def build_decoder(config: PipelineConfig, device: str) -> Decoder:
+    """The frozen language model."""
+    decoder: Decoder = registry.load("decoder", config.decode.name)(config.decode, device=device)
+    return decoder
+
+
 def open_stores(config: PipelineConfig, cache: StorePath, *, aligned: bool) -> list[FeatureStore]:
     """The CLIP store and, where aligned, the teacher's; refused when their features are not those of ``config``."""
     opened = []
     for which in ("clip", "teacher") if aligned else ("clip",):
-        names = [name for name, _ in _shapes(config, which)]
+        names = [name for name, _ in shapes(config, which)]
         name = names[0] if which == "clip" else f"pooled/layer{config.teacher.layer}{_grid(config)}"
         command = _command(f"extract-{which}", config, cache)
         store = FeatureStore.open(cache, name, help_command=command)
@@ -229,7 +291,7 @@ def _refuse_other_features(store: FeatureStore, config: PipelineConfig, which: W
     Some fields of a spec hold more than their setting says (a resize also names its size), so their beginnings count.
     """
     part = config.clip if which == "clip" else config.teacher
-    shape, dtype = dict(_shapes(config, which))[store.modality]
+    shape, dtype = dict(shapes(config, which))[store.modality]
     expected: dict[str, object] = {
         "layer": config.clip.layer if which == "clip" else config.teacher.layer,
         "frame_shape": tuple(shape),
@@ -252,9 +314,10 @@ def _refuse_other_features(store: FeatureStore, config: PipelineConfig, which: W
         raise CacheMismatch("\n".join([title, *lines]), help_command=command)
 
 
-def _student(config: PipelineConfig, spec: FeatureSpec, decoder: Decoder, device: str) -> Student:
+def build_student(config: PipelineConfig, clip_width: int, llm_width: int, device: str) -> Student:
+    """The trainable part, as it starts."""
     build: Callable[..., Student] = registry.load("student", config.student.name)
-    return build(config.student, clip_width=spec.frame_shape[-1], llm_width=decoder.width).to(device)
+    return build(config.student, clip_width=clip_width, llm_width=llm_width).to(device)
 
 
 def refuse_leaks(config: PipelineConfig, leaks: Sequence[str]) -> None:
@@ -292,24 +355,26 @@ def available_samples(
     return found
 
 
-def _validation(
+def validation(
     config: PipelineConfig,
     dataset: Any,
     stores: Sequence[FeatureStore],
     cache: StorePath,
     trainer: Trainer,
+    samples_from: SamplesFrom = CachedSamples,
 ) -> Callable[[], float] | None:
     """Top-1 on the val split, or None where there is none or the last epoch is taken."""
     if config.train.select == "last" or "val" not in dataset.splits:
         return None
     found = available_samples(config, samples_of(dataset, "val"), stores[:1], cache, "val")
-    data = CachedSamples(found.samples, stores[0])
+    data = samples_from(found.samples, stores[0])
 
     def top1() -> float:
         correct = 0
         for batch in _batches(data, range(len(data)), config.decode.batch_size):
             with torch.inference_mode():
-                beams = trainer.decoder.generate(trainer.student(batch.f, batch.prompts).prefix, batch.prompts)
+                prefix = trainer.student(batch.f, batch.prompts, windows=batch.windows, lengths=batch.lengths).prefix
+                beams = trainer.decoder.generate(prefix, batch.prompts)
             rule = dataset.answer_rule
             correct += sum(is_correct(b[0], s.answer, rule) for b, s in zip(beams, batch.samples, strict=True) if b)
         return correct / len(data)
@@ -322,12 +387,13 @@ def _batches(data: CachedSamples, positions: Sequence[int], size: int) -> Iterat
         yield data.batch(list(positions[first : first + size]))
 
 
-def _training_estimate(config: PipelineConfig, samples: Sequence[Sample]) -> dict[str, Any]:
+def training_estimate(config: PipelineConfig, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Sizes of a training run, without reading anything."""
     schedule = make_schedule(config.train, len(samples))
     per_frame = sum(
         int(np.prod(shape)) * np.dtype(dtype).itemsize
         for which in (("clip", "teacher") if config.train.lambda_kd > 0 else ("clip",))
-        for _, (shape, dtype) in list(_shapes(config, which))[:1]
+        for _, (shape, dtype) in list(shapes(config, which))[:1]
     )
     read = schedule.total_steps * min(config.train.batch_size, len(samples)) * config.data.num_frames * per_frame
     return {
@@ -353,10 +419,13 @@ def evaluate(
     device: str,
     dry_run: bool,
     progress: OnProgress,
+    decoder: Decoder | None = None,
+    samples_from: SamplesFrom = CachedSamples,
 ) -> dict[str, Any]:
     """Answer a split with the student of a run folder, write predictions, score them.
 
     ``config`` replaces the run's own, for example to decode otherwise; sizes of the student must be those of the run.
+    A ``decoder`` that is given must be the one that the configuration names.
     """
     run = RunFolder.open(out)
     config = config or run.config
@@ -367,10 +436,11 @@ def evaluate(
         return {"samples": len(samples), "videos": len({s.video_id for s in samples}), "published_n": published}
     stores = open_stores(config, cache, aligned=False)
     found = available_samples(config, samples, stores, cache, split)
-    data = CachedSamples(found.samples, stores[0])
+    data = samples_from(found.samples, stores[0])
     loaded = run.load_checkpoint(checkpoint or "")
-    decoder: Decoder = registry.load("decoder", config.decode.name)(config.decode, device=device)
-    student = _student(config, stores[0].spec, decoder, device).eval()
+    begun = _now()
+    decoder = decoder or build_decoder(config, device)
+    student = build_student(config, stores[0].spec.frame_shape[-1], decoder.width, device).eval()
     student.load_state_dict(module_weights("student", loaded.tensors), strict=True)
     write = scoring.predictions_file(run.path, split)
     made_by = _digest(loaded.path, config)
@@ -378,7 +448,7 @@ def evaluate(
     todo = by_window(data.samples, (i for i, s in enumerate(data.samples) if s.sample_id not in answered))
     progress(len(answered), len(data), split)
     answer(
-        lambda batch: student(batch.f, batch.prompts).prefix,
+        lambda batch: student(batch.f, batch.prompts, windows=batch.windows, lengths=batch.lengths).prefix,
         decoder,
         _batches(data, todo, config.decode.batch_size),
         write=write,
@@ -386,6 +456,8 @@ def evaluate(
         run=made_by,
         closed=_closed_sets(config, dataset, found.samples),
     )
+    if todo:
+        run.note_session({"command": "evaluate", "split": split, "samples": len(todo), **_cost_since(begun)})
     report = scoring.report(dataset, samples, found, split, write)
     never = decoder.unreachable([sample.answer for sample in found.samples])
     if never:

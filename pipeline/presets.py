@@ -70,9 +70,9 @@ def miniature() -> PipelineConfig:
         student=configs.student(),
         train=TrainConfig(
             epochs=1000,
-            max_steps=150,
+            max_steps=250,
             batch_size=16,
-            lr=1e-3,
+            lr=2e-3,
             warmup_steps=20,
             schedule="cosine_steps",
             drop_last=True,

@@ -139,6 +139,32 @@ def show_baselines(result: Result) -> None:
         _say(f"{len(result['baselines'])} of {len(result['baselines'])} were there before; nothing to do")
 
 
+def show_ablation_plan(result: Result) -> None:
+    """``ablate --dry-run``."""
+    show_estimate("ablate", result)
+    names = [printable(name) for name in result["names"]]
+    more = f", … ({len(names) - SHOWN} more; --json lists all)" if len(names) > SHOWN else ""
+    _say(f"Variants: {', '.join(names[:SHOWN])}{more}")
+
+
+def show_ablation(result: Result) -> None:
+    """One line an arm over its seeds, then what is not done, and why."""
+    table = _table("arm", "seeds", "correct", "n", "top-1 in %", "95 % interval", "sd over seeds")
+    for arm, part in result["arms"].items():
+        low, high = part["interval"] or (None, None)
+        span = f"{_percent(low)} to {_percent(high)}" if low is not None else ""
+        counts = (str(len(part["seeds"])), _cell(part["k"]), _cell(part["n"]), _percent(part["accuracy"]))
+        table.add_row(printable(arm), *counts, span, _percent(part["seed_sd"]))
+    _print("Test split; intervals draw whole videos, answers are averaged over seeds:", table)
+    for row in result["variants"]:
+        if row["status"] == "dropped":
+            _say(f"dropped: {row['variant']}: {row['reason']}")
+        elif row["status"] == "waiting":
+            _say(f"waiting: {row['variant']}: {row.get('step', 0)} of {row.get('steps', '?')} steps")
+    if result.get("done_before") == len(result["variants"]):
+        _say(f"{result['done_before']} of {len(result['variants'])} variants were done before; nothing to do")
+
+
 def show_tour(result: Result) -> None:
     """One line a model, one column a task: right of all, in %, with its interval."""
     tasks: Mapping[str, Mapping[str, Result]] = result["table"]
@@ -158,6 +184,28 @@ def _n(rows: Mapping[str, Result]) -> int:
 def _with_interval(part: Result) -> str:
     low, high = part["by_video"]["interval"]
     return f"{100 * part['top1']:.1f}  ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def show_diagnosis(result: Result) -> None:
+    """Cosine, centred cosine and constant per level."""
+    if result["cosine"]:
+        table = _table("level", "cosine", "above constant", "centred")
+        for level, cosine in result["cosine"].items():
+            above = cosine - result["constant"]
+            table.add_row(level, f"{cosine:.3f}", f"{above:+.3f}", f"{result['centred'][level]:.3f}")
+        _print(f"Alignment of {printable(result['checkpoint'])} on {result['samples']} samples:", table)
+        _say(f"One constant vector gets a cosine of {result['constant']:.3f}.")
+    _say(f"Mean similarity between levels (linear CKA): {_cell(result['similarity_of_levels'])}")
+    _say(f"In {result['diagnostics']}; pipeline report draws it.")
+
+
+def show_report(result: Result) -> None:
+    """The answer of every study, what is missing, and where the page is."""
+    for answer in result["answers"]:
+        _say(answer)
+    for lack in result["missing"]:
+        _say(f"missing: {lack['what']} of {len(lack['runs'])} runs; {lack['command']}")
+    _say(f"{result['runs']} runs on one page: {result['page']} ({size(result['bytes'])})")
 
 
 def show_comparison(result: Result) -> None:

@@ -7,6 +7,8 @@
     metrics.jsonl        one record per optimiser step
     tensorboard/         the same as event files
     predictions.jsonl    written by evaluate
+    diagnostics.json     written by diagnose
+    sessions.jsonl       what each start cost: seconds, bytes read, and which features it read
     checkpoints/
         step-000120/     tensors.safetensors, state.json
         latest.json      the commit: names the newest whole checkpoint
@@ -84,6 +86,11 @@ class RunFolder:
         """Where evaluate writes what the model said."""
         return self.path / "predictions.jsonl"
 
+    @property
+    def diagnostics(self) -> Path:
+        """Where diagnose writes what it saw."""
+        return self.path / "diagnostics.json"
+
     @classmethod
     def create(cls, path: Path, config: PipelineConfig) -> RunFolder:
         """Make the folder, or open the one that an earlier start of the same run made.
@@ -99,7 +106,7 @@ class RunFolder:
             _refuse_foreign_files(path)
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, config)
-            _write_json(path / "config.json", config.model_dump(mode="json"))
+            write_json(path / "config.json", config.model_dump(mode="json"))
         run.checkpoints.mkdir(exist_ok=True)
         run._note_environment()
         return run
@@ -119,16 +126,19 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record. Numbers that are not finite become null, so that every line is JSON."""
-        _cut_half_line(self.metrics_path)
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+        _append(self.metrics_path, record)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole records."""
-        if not self.metrics_path.exists():
-            return []
-        *lines, _half = self.metrics_path.read_text().split("\n")
-        return [json.loads(line) for line in lines]
+        return _read_lines(self.metrics_path)
+
+    def note_session(self, record: Mapping[str, Any]) -> None:
+        """Append what one start of a command did and cost. Unlike metrics this is never rewound: lost work cost too."""
+        _append(self.path / "sessions.jsonl", record)
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """All whole records, oldest first."""
+        return _read_lines(self.path / "sessions.jsonl")
 
     def rewind(self, step: int) -> None:
         """Forget records after ``step``: a resumed run makes them again."""
@@ -169,7 +179,7 @@ class RunFolder:
         os.rename(temp, target)
         _flush_folder(self.checkpoints)
         for name in (*mark, "latest"):
-            _write_json(self.checkpoints / f"{name}.json", {"folder": target.name, "step": step})
+            write_json(self.checkpoints / f"{name}.json", {"folder": target.name, "step": step})
         self._prune()
         return target
 
@@ -210,6 +220,11 @@ class RunFolder:
             raise ConfigError(f"{self.path} has no checkpoint {name or 'yet'}; {hint}")
         return read_checkpoint(folder)
 
+    def step_at(self, marker: str) -> int:
+        """Optimiser steps behind "latest", "best" or "final"; 0 where there is no such checkpoint."""
+        folder = self._marked(marker)
+        return _step_of(folder) if folder is not None else 0
+
     def _write_checkpoint(
         self, folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
     ) -> None:
@@ -220,7 +235,7 @@ class RunFolder:
         save_file(_own_memory(tensors), file)
         facts = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         _flush(file)
-        _write_json(folder / "state.json", {"step": step, "state": dict(state), "tensors": facts})
+        write_json(folder / "state.json", {"step": step, "state": dict(state), "tensors": facts})
         _flush_folder(folder)
         if self.metrics_path.exists():  # what a resumed run keeps must not be newer than what the disk has
             _flush(self.metrics_path)
@@ -245,7 +260,7 @@ class RunFolder:
     def _note_environment(self) -> None:
         path, now = self.path / "environment.json", environment()
         if not path.exists():
-            _write_json(path, now)
+            write_json(path, now)
             return
         before = json.loads(path.read_text())["packages"]
         changed = [name for name, version in now["packages"].items() if before.get(name) != version]
@@ -352,6 +367,19 @@ def _step_of(folder: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    _cut_half_line(path)
+    with path.open("a") as file:
+        file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    *lines, _half = path.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -372,7 +400,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file as a whole: readers see the old text or the new."""
     _write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

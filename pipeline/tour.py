@@ -19,7 +19,10 @@ from pipeline.overrides import apply
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
 
-TASKS = {"scene": ("train.max_steps=100",), "spot": ("train.max_steps=150", "train.max_samples=256")}
+TASKS = {  # five of the nine frames of a window are enough for these two
+    "scene": ("data.num_frames=5", "train.max_steps=100"),
+    "spot": ("data.num_frames=5", "train.max_samples=256"),
+}
 ARMS = {"MA-LMM (λ = 0)": "train.lambda_kd=0", "Diff-LMM (λ = 1)": "train.lambda_kd=1"}
 BASELINES = {
     "majority class": "majority",

@@ -123,8 +123,11 @@ class StudentConfig(Config):
     memory_len: int = Field(20, ge=1)  # K; §4.2 "memory bank length is set to 20"
     max_frames: int = Field(120, ge=1)  # rows of PE (MA-LMM max_num_frames)
     pe: Literal["learned", "frozen_zero"] = "learned"  # D11
+    spatial_std: float = Field(0.0, ge=0)  # of a fixed code per token place, beside PE(t); 0 = the paper (D53)
     train_ln_vision: bool = True  # D11
-    evaluation: Literal["parallel", "reference"] = "parallel"  # D38: all steps at once, or one by one; equal results
+    evaluation: Literal["parallel", "reference", "lean"] = "parallel"  # D38: speed only, the results are equal
+    bank_detach: bool = True  # D10: no gradient into the past (MA-LMM)
+    recompute_layers: bool = False  # D42: keep the layers' inputs only and compute each again in the backward pass
     max_text_tokens: int = Field(128, ge=1)  # instruction tokens into the Q-Former (MA-LMM max_txt_len)
 
 
@@ -149,6 +152,9 @@ class TrainConfig(Config):
     max_steps: int = Field(0, ge=0)  # 0 = epochs decide; else stop after this many optimiser steps
     batch_size: int = Field(64, ge=1)  # §4.2
     micro_batch: int = Field(0, ge=0)  # samples per forward; 0 = batch_size. Gradients are the same either way
+    memory: str = ""  # D43: budget such as 20GB; chooses micro_batch where that is 0
+    group_windows: bool = False  # D41: questions about one window come together and share its frames
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, on CUDA only; plans stay float32
     lr: float = Field(1e-4, gt=0)  # §4.2
     min_lr: float = Field(0.0, ge=0)  # MA-LMM
     warmup_steps: int = Field(1000, ge=0)  # MA-LMM, inside the first epoch (D24)

@@ -17,11 +17,25 @@ from stages.types import Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples with their features. ``f`` keeps the dtype of the cache; ``y_star`` is None when no teacher is read."""
+    """Samples with their features, one row per window: samples of one video and the same frames share it.
+
+    Attributes:
+        samples: the questions.
+        f: CLIP tokens in the dtype of the cache.
+        y_star: teacher targets; None when no teacher is read.
+        windows: row of ``f`` and ``y_star`` that each sample asks about; None = row b for sample b.
+        lengths: frames of each row where they differ; the rest of the row is zeros. None = all T.
+    """
 
     samples: tuple[Sample, ...]
-    f: Float[Tensor, "B T P C"]
-    y_star: Float[Tensor, "B T *D"] | None
+    f: Float[Tensor, "V T P C"]
+    y_star: Float[Tensor, "V T *D"] | None
+    windows: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+
+    def per_sample(self, rows: Float[Tensor, "V T *D"]) -> Float[Tensor, "B T *D"]:
+        """``f`` or ``y_star`` with one row per sample instead of one per window."""
+        return rows if self.windows is None else rows[list(self.windows)]
 
     @property
     def prompts(self) -> list[str]:
@@ -98,17 +112,36 @@ class CachedSamples:
 
     def __init__(self, samples: Sequence[Sample], tokens: FeatureStore, pooled: FeatureStore | None = None) -> None:
         self.samples, self.tokens, self.pooled = tuple(samples), tokens, pooled
+        self._windows: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def window_of(self) -> list[int]:
+        """A number per sample, equal where two ask about the same frames of the same video in every draw."""
+        if self._windows is None:
+            numbers: dict[tuple[str, bytes], int] = {}
+            keys = [(sample.video_id, sample.draws.tobytes()) for sample in self.samples]
+            self._windows = [numbers.setdefault(key, len(numbers)) for key in keys]
+        return self._windows
 
     def batch(self, positions: Sequence[int], draws: Sequence[int] | None = None) -> Batch:
         """Read the samples at ``positions``; ``draws`` chooses among each sample's frame draws (default: the first)."""
         chosen = tuple(self.samples[i] for i in positions)
         picks = [0] * len(chosen) if draws is None else draws
         frames = [sample.draws[pick % len(sample.draws)] for sample, pick in zip(chosen, picks, strict=True)]
-        f = _stack(self.tokens, chosen, frames)
-        return Batch(chosen, f, None if self.pooled is None else _stack(self.pooled, chosen, frames))
+        rows: dict[tuple[str, bytes], int] = {}
+        windows = tuple(
+            rows.setdefault((sample.video_id, np.asarray(index).tobytes()), len(rows))
+            for sample, index in zip(chosen, frames, strict=True)
+        )
+        firsts = [windows.index(row) for row in range(len(rows))]
+        videos, index = [chosen[i] for i in firsts], [frames[i] for i in firsts]
+        pooled = None if self.pooled is None else _stack(self.pooled, videos, index)
+        lengths = tuple(map(len, index))
+        return Batch(
+            chosen, _stack(self.tokens, videos, index), pooled, windows, lengths if len(set(lengths)) > 1 else None
+        )
 
     def target_moments(self) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
         """Mean and covariance of y* over the distinct frames of these samples, from sums in float64 (D4)."""
@@ -129,14 +162,9 @@ class CachedSamples:
         return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(covariance.astype(np.float32))
 
 
-def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[np.ndarray, " T"]]) -> Tensor:
-    """One array [B, T, …] filled in place; of samples with the same frames the first is read and the others copied."""
-    out = np.empty((len(samples), len(frames[0]), *store.spec.frame_shape), dtype=store.spec.dtype)
-    first: dict[tuple[str, bytes], int] = {}
+def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[np.ndarray, " _"]]) -> Tensor:
+    """One array [V, T, …] filled in place, zeros after the end of shorter ones."""
+    out = np.zeros((len(samples), max(map(len, frames)), *store.spec.frame_shape), dtype=store.spec.dtype)
     for row, (sample, index) in enumerate(zip(samples, frames, strict=True)):
-        same = first.setdefault((sample.video_id, index.tobytes()), row)
-        if same == row:
-            store.read(sample.video_id, index, out=out[row])
-        else:
-            out[row] = out[same]
+        store.read(sample.video_id, index, out=out[row, : len(index)])
     return torch.from_numpy(out)

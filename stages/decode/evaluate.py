@@ -159,9 +159,8 @@ def _answer(
     same = [first.setdefault((_window(batch.samples[row]), batch.samples[row].prompt), row) for row in rows]
     asked = list(first.values())
     samples = [batch.samples[row] for row in asked]
-    f = batch.f if len(asked) == len(batch.samples) else batch.f[asked]
     with torch.no_grad():
-        prefix = student_fn(Batch(tuple(samples), f, None))
+        prefix = student_fn(_part(batch, asked))
     broken = [s.sample_id for s, ok in zip(samples, prefix.isfinite().all(-1).all(-1).tolist(), strict=True) if not ok]
     if broken:
         raise ValueError(f"the student's prefix is not finite for samples {broken[:5]}; the checkpoint has diverged")
@@ -196,6 +195,17 @@ def _among_labels(
             for i, beams in zip(rows, decoder.generate(prefix[rows], prompts, allowed=labels), strict=True):
                 result[i] = replace(result[i], constrained=tuple(beams))
     return result
+
+
+def _part(batch: Batch, rows: list[int]) -> Batch:
+    """Some samples of a batch, with the windows that they ask about and no others."""
+    samples = tuple(batch.samples[row] for row in rows)
+    if len(rows) == len(batch.samples):
+        return Batch(samples, batch.f, None, batch.windows, batch.lengths)
+    read = [row if batch.windows is None else batch.windows[row] for row in rows]
+    kept = list(dict.fromkeys(read))
+    lengths = None if batch.lengths is None else tuple(batch.lengths[row] for row in kept)
+    return Batch(samples, batch.f[kept], None, tuple(kept.index(window) for window in read), lengths)
 
 
 def _window(sample: Sample) -> tuple[str, bytes]:

@@ -113,8 +113,9 @@ class CausalLM:
     ) -> Float[Tensor, " B"]:
         """``loss_sum`` of every sample apart, from one batch: variants of one sample can go through together.
 
-        Each is summed over its own tokens alone. On a CPU its bits do not depend on the number of samples, but on
-        the padded length, so on the longest neighbour (measured: tests/bench/results/decode_2core-cpu_20261124.md).
+        Each is summed over its own tokens alone. On one CPU thread a sample keeps its bits whatever the number of
+        samples, but not whatever the padded length, which the longest neighbour sets (measured:
+        tests/bench/results/decode_2core-cpu_20261124.md).
         """
         logits, targets = self._answer_logits(prefix, prompts, answers)
         wanted = self._tensor([token for ids in targets for token in ids])

@@ -27,17 +27,8 @@ from stages.miniature.draw import (
     VOICES,
     WEATHER,
 )
-from stages.miniature.world import (
-    AXES,
-    CONTACT,
-    FINE_TASKS,
-    MOTIONS,
-    SPOTS,
-    fine_questions,
-    questions,
-    specs,
-    statements,
-)
+from stages.miniature.sayings import fine_questions, questions, statements
+from stages.miniature.videos import AXES, CONTACT, FINE_TASKS, MOTIONS, SPOTS, specs
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2 of the small LLM
 # Words that people ask with, so that they are one token each. Anything else is spelled.

@@ -32,6 +32,7 @@ def student() -> StudentConfig:
         dropout=0.0,
         memory_len=4,
         max_frames=16,
+        spatial_std=1.0,
     )
 
 

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize_image
 
-from stages.miniature.world import SIZE, VideoSpec, render, specs
+from stages.miniature.videos import SIZE, VideoSpec, render, specs
 
 FIRST_HIDDEN_SEED = 1_000_000  # worlds of the frozen models
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from stages.miniature import CLIP_FOLDER, CLIP_MODEL
 from stages.miniature.draw import COLORS, DAYTIMES, SHAPES, TEXTURES, TINTS, WEATHER
 from stages.miniature.pictures import pictures
-from stages.miniature.world import VideoSpec
+from stages.miniature.videos import VideoSpec
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, as most models
 WORDS = sorted({*COLORS, *SHAPES, *TEXTURES, *TINTS, *WEATHER, *DAYTIMES, "a", "and", "film", "in", "of", "one", "the"})

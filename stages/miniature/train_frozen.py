@@ -24,11 +24,11 @@ from stages.miniature.assets import clip_config, files
 STEPS = {"llm": 2400, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1000}
 RECIPE = FOLDER / "recipe.json"
 SOURCES = {  # modules that decide a model's weights
-    "llm": ("train_llm", "world"),
-    "clip": ("train_clip", "pictures", "draw", "world"),
-    "vae": ("train_teacher", "pictures", "draw", "world"),
-    "dit": ("train_teacher", "pictures", "draw", "world"),
-    "qformer": ("train_qformer", "pictures", "draw", "world"),
+    "llm": ("train_llm", "sayings", "videos"),
+    "clip": ("train_clip", "pictures", "draw", "videos"),
+    "vae": ("train_teacher", "pictures", "draw", "videos"),
+    "dit": ("train_teacher", "pictures", "draw", "videos"),
+    "qformer": ("train_qformer", "pictures", "draw", "sayings", "videos"),
 }
 WEIGHTS = {
     "clip": "clip/open_clip_model.safetensors",

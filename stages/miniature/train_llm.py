@@ -19,7 +19,8 @@ from stages.data.lvu import lvu_prompt
 from stages.data.msvd import PROMPT, clean_question
 from stages.miniature import LLM_FOLDER
 from stages.miniature.pictures import FIRST_HIDDEN_SEED
-from stages.miniature.world import VideoSpec, fine_questions, labels, questions, specs, statements
+from stages.miniature.sayings import fine_questions, questions, statements
+from stages.miniature.videos import VideoSpec, labels, specs
 
 Asked = tuple[str, str, str, str]  # the fact it rests on, its type, prompt, answer
 BINDING = ("who", "colors", "glow")

@@ -19,7 +19,8 @@ from stages.config import StudentConfig
 from stages.data.lvu import lvu_prompt
 from stages.data.msvd import PROMPT, clean_question
 from stages.miniature.pictures import FIRST_HIDDEN_SEED
-from stages.miniature.world import COARSE_TASKS, VideoSpec, labels, questions, render, specs
+from stages.miniature.sayings import questions
+from stages.miniature.videos import COARSE_TASKS, VideoSpec, labels, render, specs
 from stages.train.student import INSTRUCTBLIP_PARTS, Student, build
 from stages.types import Decoder, FrozenEncoder
 

@@ -5,6 +5,8 @@ What the paper leaves open is numbered in stages/DECISIONS.md (D1–D9 there) an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -87,6 +89,15 @@ class Alignment(nn.Module):
             assert target_covariance is not None
             self.register_buffer("whitening", whitening_of(target_covariance))
 
+    def normalised(self, y_star: Float[Tensor, "B T *D"]) -> Float[Tensor, "B T Z"]:
+        """The target as the loss sees it: flattened, and without its common part where D4 says so."""
+        target = y_star.flatten(2).to(self.target_mean.dtype)
+        if self.cfg.target_norm != "none":
+            target = target - self.target_mean
+        if self.cfg.target_norm == "whiten":
+            target = target @ self.whitening
+        return target
+
     def project(self, level: int, hidden: Float[Tensor, "B T Q E"]) -> Float[Tensor, "B T D"]:
         """z = mean over the queries of h_phi(h) (D2)."""
         out: Tensor = self.heads[str(level)](hidden).mean(dim=2)
@@ -101,24 +112,35 @@ class Alignment(nn.Module):
             mixed = mixed.detach()
         return torch.sigmoid(self.weight_net(mixed)).squeeze(-1)
 
-    def forward(self, hidden: dict[int, Float[Tensor, "B T Q E"]], y_star: Float[Tensor, "B T *D"]) -> AlignmentLoss:
+    def forward(
+        self,
+        hidden: dict[int, Float[Tensor, "B T Q E"]],
+        y_star: Float[Tensor, "B T *D"],
+        counts: Sequence[int] | None = None,
+    ) -> AlignmentLoss:
         """Eq. 7: sum over levels, mean over frames and batch (D8).
 
         Args:
             hidden: query states of every configured level at the aligned frames.
             y_star: teacher targets of the same frames; a grid is flattened.
+            counts: how many of the frames, the last ones, are a sample's own, where that differs. The mean is over its
+                frames first, then over samples (D54).
         """
-        target = y_star.flatten(2).to(self.target_mean.dtype)
-        if self.cfg.target_norm != "none":
-            target = target - self.target_mean
-        if self.cfg.target_norm == "whiten":
-            target = target @ self.whitening
+
+        def mean(x: Float[Tensor, "B T"]) -> Float[Tensor, ""]:
+            if counts is None:
+                return x.mean()
+            own = torch.tensor(counts, device=x.device)[:, None]
+            place = torch.arange(x.shape[1], device=x.device)
+            return (x.where(place >= x.shape[1] - own, 0.0).sum(1) / own[:, 0]).mean()
+
+        target = self.normalised(y_star)
         total = target.new_zeros(())
         per_level: dict[int, Tensor] = {}
         weights: dict[int, Tensor] = {}
         for level in self.cfg.levels:
             z = self.project(level, hidden[level])
             loss, weight = kd_loss(z, target), self.weigh(z, target)  # [B, T]
-            total = total + (weight * loss).mean()
-            per_level[level], weights[level] = loss.mean().detach(), weight.mean().detach()
+            total = total + mean(weight * loss)
+            per_level[level], weights[level] = mean(loss).detach(), mean(weight).detach()
         return AlignmentLoss(total, per_level, weights)

@@ -1,12 +1,13 @@
 """Training against the cache: L = L_ce + lambda_kd · L_kd (Eq. 9).
 
-Every random choice is a pure function of (seed, epoch) or (seed, step): the order of the samples, the frame draws, and
-the dropout masks. So the state of a run is its weights, the optimiser's moments and one integer, and a run that was
-stopped after any step continues bit for bit (on CPU).
+Every random choice is a pure function of (seed, epoch) or (seed, step, micro-batch): the order of the samples, the
+frame draws, and the dropout masks. So the state of a run is its weights, the optimiser's moments and one integer, a run
+that was stopped after any step continues bit for bit (on CPU), and runs may take turns on one batch (``grid.py``).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import Batch, CachedSamples
+from stages.train import budget, diagnostics
 from stages.train.alignment import Alignment
-from stages.train.student import Student, num_aligned_frames
+from stages.train.noise import Noise
+from stages.train.student import Student, last_frames, num_aligned_frames
 from stages.types import Decoder
 
 Log = Callable[[dict[str, Any]], None]
@@ -68,14 +71,43 @@ def make_schedule(cfg: TrainConfig, num_samples: int) -> Schedule:
     return Schedule(cfg, steps_per_epoch, min(total, cfg.max_steps) if cfg.max_steps else total)
 
 
-def batch_positions(cfg: TrainConfig, schedule: Schedule, num_samples: int, step: int) -> tuple[list[int], list[int]]:
-    """Sample positions of a step, and the frame draw of each, from (seed, epoch) alone."""
+def batch_positions(
+    cfg: TrainConfig, schedule: Schedule, num_samples: int, step: int, window_of: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Sample positions of a step, and the frame draw of each, from (seed, epoch) alone.
+
+    Args:
+        window_of: a number per sample, equal where samples ask about the same window. With it the windows are shuffled,
+            their samples stay together, and they use one draw of frames (D41). A batch may cut a window in two.
+    """
     epoch, inside = divmod(step, schedule.steps_per_epoch)
     rng = np.random.default_rng([cfg.seed, epoch])
     order = rng.permutation(num_samples)
     draws = rng.integers(0, 2**31, num_samples)
+    if window_of is not None:
+        windows = np.asarray(window_of)
+        rank = rng.permutation(int(windows.max()) + 1)
+        order = order[np.argsort(rank[windows[order]], kind="stable")]
+        draws = draws[windows]  # a window's number is below the number of samples
     chosen = order[inside * cfg.batch_size : (inside + 1) * cfg.batch_size]
     return chosen.tolist(), draws[chosen].tolist()
+
+
+def micro_batches(count: int, size: int, windows: Sequence[int] | None = None) -> list[slice]:
+    """Neighbours of a batch that run together, at most ``size`` of them.
+
+    Questions about one window stay together, so that they share its projections, unless they alone are more than that.
+    """
+    runs = [1] * count if windows is None else [len(list(run)) for _, run in itertools.groupby(windows)]
+    ends = [0]
+    filled = 0
+    for run in runs:
+        if ends[-1] < filled and filled + run > ends[-1] + size:
+            ends.append(filled)
+        filled += run
+        while filled - ends[-1] > size:
+            ends.append(ends[-1] + size)
+    return [slice(first, end) for first, end in itertools.pairwise([*ends, count]) if first < end]
 
 
 def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -119,28 +151,59 @@ class Trainer:
             if parameter.requires_grad
         }
 
-    def accumulate(self, batch: Batch, *, answer_tokens: int, num_samples: int) -> dict[str, float]:
-        """Add the gradients of one micro-batch of a step over ``num_samples`` samples with ``answer_tokens`` in all.
+    def autocast(self) -> torch.autocast:
+        """The student's precision."""
+        device = self.student.query_tokens.device.type
+        if self.cfg.precision == "bfloat16" and device != "cuda":
+            raise ValueError("train.precision=bfloat16 is for CUDA; on the CPU it is slower than float32")
+        return torch.autocast(device, torch.bfloat16, enabled=self.cfg.precision == "bfloat16")
+
+    def begin(self, lr: float) -> None:
+        """Start an optimiser step: no gradients, this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def accumulate(
+        self, batch: Batch, *, step: int, first: int, answer_tokens: int, num_samples: int
+    ) -> dict[str, float]:
+        """Add the gradients of the micro-batch that starts with sample ``first`` of the ``num_samples`` of a step.
+
+        All of them together have ``answer_tokens`` answer tokens.
 
         L_ce is a mean over answer tokens (Eq. 8, D21), L_kd over samples and frames (D8), both of the whole batch: so
-        the gradients do not depend on how it is cut.
+        the gradients do not depend on how it is cut. Neither do dropout masks: sample i of a step draws the i-th
+        seed of a stream that (seed, step) begins.
         """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, step]).generate_state(1, np.uint64)[0]))
+            Noise.draw(first, 0.0)  # those of the samples before
+            return self._accumulate(batch, answer_tokens, num_samples)
+
+    def _accumulate(self, batch: Batch, answer_tokens: int, num_samples: int) -> dict[str, float]:
         aligned = self.alignment is not None
-        out = self.student(
-            batch.f,
-            batch.prompts,
-            levels=self.align_cfg.levels if aligned else (),
-            frames=self.align_cfg.frames if aligned else "last",
-        )
+        with self.autocast():
+            out = self.student(
+                batch.f,
+                batch.prompts,
+                levels=self.align_cfg.levels if aligned else (),
+                frames=self.align_cfg.frames if aligned else "last",
+                windows=batch.windows,
+                lengths=batch.lengths,
+            )
         nll, _ = self.decoder.loss_sum(out.prefix, batch.prompts, batch.answers)
         loss = nll / answer_tokens
         logged = {"loss_ce": float(nll.detach()) / answer_tokens}
         if self.alignment is not None:
             if batch.y_star is None:
                 raise ValueError("alignment needs teacher targets; this batch has none")
-            wanted = num_aligned_frames(self.align_cfg.frames, batch.f.shape[1])
-            y_star = batch.y_star[:, -wanted:].to(out.prefix.device)
-            kd, share = self.alignment(out.hidden, y_star), len(batch.samples) / num_samples
+            lengths = batch.lengths or (batch.f.shape[1],) * len(batch.f)
+            counts = [num_aligned_frames(self.align_cfg.frames, length) for length in lengths]
+            y_star = last_frames(batch.y_star, lengths, max(counts))
+            if batch.windows is not None:
+                y_star, counts = y_star[list(batch.windows)], [counts[window] for window in batch.windows]
+            kd = self.alignment(out.hidden, y_star.to(out.prefix.device), counts if batch.lengths else None)
+            share = len(batch.samples) / num_samples
             loss = loss + self.cfg.lambda_kd * share * kd.total
             logged["loss_kd"] = float(kd.total.detach()) * share
             for level in self.align_cfg.levels:
@@ -153,26 +216,59 @@ class Trainer:
         loss.backward()
         return logged
 
+    def micro_batch(self, data: CachedSamples, batch_size: int) -> int:
+        """Samples per forward: the setting, or what the memory budget allows."""
+        if self.cfg.micro_batch or not self.cfg.memory:
+            return self.cfg.micro_batch or batch_size
+        longest = max(sample.draws.shape[1] for sample in data.samples)
+        wanted = num_aligned_frames(self.align_cfg.frames, longest) if self.alignment is not None else 1
+        text = self.student.tokenize([sample.prompt for sample in data.samples])[0].shape[1]
+        shape = budget.Shape(longest, wanted, *data.tokens.spec.frame_shape, text)
+        return min(batch_size, budget.largest_batch(self.student, shape, budget.parse_bytes(self.cfg.memory)))
+
+    def cuts(self, data: CachedSamples, step: int, schedule: Schedule) -> list[tuple[list[int], list[int]]]:
+        """What a step reads: sample positions and frame draws of every micro-batch."""
+        window_of = data.window_of() if self.cfg.group_windows else None
+        positions, draws = batch_positions(self.cfg, schedule, len(data), step, window_of)
+        size = self.micro_batch(data, len(positions))
+        windows = None if window_of is None else [window_of[i] for i in positions]
+        return [(positions[part], draws[part]) for part in micro_batches(len(positions), size, windows)]
+
     def step(self, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, float]:
         """One optimiser step; returns what is logged: losses, gradient norm, learning rate."""
-        positions, draws = batch_positions(self.cfg, schedule, len(data), step)
-        lr = schedule.lr(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        size = self.cfg.micro_batch or len(positions)
-        answer_tokens = self.decoder.count_answer_tokens([data.samples[i].answer for i in positions])
+        cuts = self.cuts(data, step, schedule)
+        answers = [data.samples[i].answer for positions, _ in cuts for i in positions]
+        answer_tokens = self.decoder.count_answer_tokens(answers)
         totals: dict[str, float] = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.cfg.seed * 1_000_003 + step)  # dropout masks: a function of (seed, step)
-            for first in range(0, len(positions), size):
-                batch = data.batch(positions[first : first + size], draws[first : first + size])
-                parts = self.accumulate(batch, answer_tokens=answer_tokens, num_samples=len(positions))
-                for key, value in parts.items():
-                    totals[key] = totals.get(key, 0.0) + value
-        totals["grad_norm"] = gradient_norm(list(self.trainable().values()))
+        self.begin(schedule.lr(step))
+        first = 0
+        for positions, draws in cuts:
+            add(
+                totals,
+                self.accumulate(
+                    data.batch(positions, draws),
+                    step=step,
+                    first=first,
+                    answer_tokens=answer_tokens,
+                    num_samples=len(answers),
+                ),
+            )
+            first += len(positions)
+        return totals | self.finish()
+
+    def finish(self) -> dict[str, float]:
+        """Let the optimiser use what was accumulated. Returns gradient norm and learning rate."""
+        norm = gradient_norm(list(self.trainable().values()))
         self.optimizer.step()
-        return totals | {"lr": lr}
+        return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def probe(self, data: CachedSamples) -> dict[str, float]:
+        """Diagnostics on the first training samples, always the same ones; no trained number depends on it."""
+        looked_at = range(min(diagnostics.PROBE_SAMPLES, len(data)))
+        size = self.cfg.micro_batch or len(looked_at)
+        batches = (data.batch(looked_at[first : first + size]) for first in looked_at[::size])
+        seen = diagnostics.observe(self.student, self.alignment, batches)
+        return diagnostics.scalars(seen, last_frames=num_aligned_frames(self.align_cfg.frames, seen.hidden[1].shape[1]))
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights and optimiser moments as flat named tensors; on the CPU they are the live ones, so write them now."""
@@ -203,6 +299,12 @@ def module_weights(room: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """The state dict of one module ("student", "alignment") inside the tensors of a checkpoint."""
     prefix = f"{room}."
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def add(totals: dict[str, float], parts: Mapping[str, float]) -> None:
+    """Add the logged parts of a micro-batch to those of its step, in place."""
+    for key, value in parts.items():
+        totals[key] = totals.get(key, 0.0) + value
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
@@ -252,6 +354,9 @@ def train(
             record["val_top1"] = accuracy = validate()
             trainer.student.train()
             is_best, best = accuracy > best, max(accuracy, best)
+        size = trainer.cfg.batch_size
+        if diagnostics.probe_due(done, schedule.total_steps, batch_size=size, num_samples=len(data)):
+            record |= trainer.probe(data)
         log(record)
         progress(done, schedule.total_steps, f"loss {last['loss_ce']:.3f}")
         due = done % trainer.cfg.save_every == 0 if trainer.cfg.save_every else epoch_ends

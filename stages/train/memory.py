@@ -54,37 +54,57 @@ def merge_pairs(
 class MemoryBank:
     """Up to K entries of N tokens: ``values`` [B, k, N, C] and ``sizes`` [B, k, N] (frames per entry).
 
-    The entries are detached: no gradient flows into the past (MA-LMM).
+    The entries are detached: no gradient flows into the past (MA-LMM), unless ``detach`` is off (D10).
+
+    Attributes:
+        slots: where each entry would lie in a buffer of K + 1 slots in which a merged entry stays in the slot of its
+            first half and the next frame takes the other. Dropout on attention knows entries by slot.
+        free: the slot of the next frame.
     """
 
     max_len: int
     values: Float[Tensor, "B k N C"] | None = None
     sizes: Float[Tensor, "B k N"] | None = None
+    slots: Int[Tensor, "B k N"] | None = None
+    free: Int[Tensor, "B N"] | None = None
+    detach: bool = True
 
     @classmethod
-    def empty(cls, max_len: int) -> MemoryBank:
+    def empty(cls, max_len: int, *, detach: bool = True) -> MemoryBank:
         """A bank that has seen nothing. ``max_len`` is K."""
-        return cls(max_len)
+        return cls(max_len, detach=detach)
 
     def __len__(self) -> int:
         return 0 if self.values is None else self.values.shape[1]
 
     def append(self, entry: Float[Tensor, "B N C"]) -> MemoryBank:
-        """The bank after one more frame; ``entry`` is detached. If it is now too long, one pair is merged."""
-        new_values = entry.detach()[:, None]
-        new_sizes = torch.ones_like(new_values[..., 0])
-        if self.values is None or self.sizes is None:
-            return MemoryBank(self.max_len, new_values, new_sizes)
-        values, sizes = torch.cat([self.values, new_values], 1), torch.cat([self.sizes, new_sizes], 1)
-        if values.shape[1] > self.max_len:
-            values, sizes = merge_pairs(values, sizes, merge_choice(values))
-        return MemoryBank(self.max_len, values, sizes)
+        """The bank after one more frame. If it is now too long, one pair is merged."""
+        values = (entry.detach() if self.detach else entry)[:, None]
+        sizes = torch.ones_like(values[..., 0])
+        slots = torch.zeros_like(sizes, dtype=torch.long)
+        if self.values is not None and self.sizes is not None and self.slots is not None and self.free is not None:
+            values, sizes = torch.cat([self.values, values], 1), torch.cat([self.sizes, sizes], 1)
+            slots = torch.cat([self.slots, self.free[:, None]], 1)
+        if values.shape[1] <= self.max_len:
+            free = torch.full_like(slots[:, 0], values.shape[1])
+            return MemoryBank(self.max_len, values, sizes, slots, free, self.detach)
+        choice = merge_choice(values.detach())
+        values, sizes = merge_pairs(values, sizes, choice)
+        position = torch.arange(self.max_len, device=slots.device)[None, :, None]
+        chosen = choice[:, None, :]
+        free = slots.gather(1, chosen + 1)[:, 0]
+        slots = slots.gather(1, position + (position > chosen).long())
+        return MemoryBank(self.max_len, values, sizes, slots, free, self.detach)
 
-    def followed_by(self, current: Float[Tensor, "B N C"]) -> Float[Tensor, "B S C"]:
-        """Keys' and values' source at one step: all entries, then the current frame; S = (k + 1) · N.
+    def followed_by(self, current: Float[Tensor, "B N C"]) -> tuple[Tensor, ...]:
+        """Keys' and values' source at one step: all entries, [B, k · N, C], then the current frame with its graph.
 
-        The current frame keeps its graph.
+        In two parts, so that a caller may leave the detached one out of the differentiation.
         """
-        if self.values is None:
-            return current
-        return torch.cat([self.values.flatten(1, 2), current], dim=1)
+        return (current,) if self.values is None else (self.values.flatten(1, 2), current)
+
+    def slots_followed_by(self, current: Float[Tensor, "B N C"]) -> Int[Tensor, "B k N"]:
+        """Slots of the entries and of the current frame."""
+        if self.slots is None or self.free is None:
+            return torch.zeros((len(current), 1, current.shape[1]), dtype=torch.long, device=current.device)
+        return torch.cat([self.slots, self.free[:, None]], 1)

@@ -2,7 +2,7 @@
 
 A bank entry is the mean of a run of frames, so the cosine of two entries follows from inner products of frames alone:
 with S the sum of the Gram matrix over a block, cos = S_ab / sqrt(S_aa · S_bb). Blocks come from two-dimensional prefix
-sums, and after a merge only three cosines change. The decisions are those of ``memory.MemoryBank`` (same tie rule, D26).
+sums, and after a merge only three cosines change. Decisions are those of ``memory.MemoryBank``, ties included (D26).
 """
 
 from __future__ import annotations
@@ -53,6 +53,17 @@ class MergePlan:
     def slots_at(self, t: int) -> int:
         """Slots in use at step t, the current frame included."""
         return min(t + 1, self.max_len + 1)
+
+    def rows_at(self, t: int) -> Int[Tensor, "R B N"]:
+        """Row in every slot before frame t is written. Unused slots name rows that do not exist yet, each another."""
+        _, *shape = self.position.shape
+        slots = torch.arange(self.num_slots, device=self.position.device)
+        rows = slots[:, None, None].expand(-1, *shape).contiguous()
+        for j in range(max(0, min(t - self.max_len, self.num_merges))):
+            rows.scatter_(0, self.kept_slot[j][None], self.num_frames + j)
+            if self.max_len + 1 + j < t:
+                rows.scatter_(0, self.freed_slot[j][None], self.max_len + 1 + j)
+        return rows
 
     def starts(self, t: int) -> Int[Tensor, "k B N"]:
         """First frame of every bank entry that step t reads, in order of time; an entry ends where the next starts.
@@ -108,8 +119,9 @@ def _scan(prefix: Float[Tensor, "S Z"], num_frames: int, max_len: int) -> list[T
     def cosine(first: Int[Tensor, "S z"]) -> Float[Tensor, "S z"]:
         """Rounded cosine of entries ``first`` and ``first + 1``."""
         b0, b1, b2 = (bounds.gather(1, first + i) for i in range(3))
-        corners = torch.stack([b0 * side + b0, b0 * side + b1, b0 * side + b2, b1 * side + b1, b1 * side + b2, b2 * side + b2])
-        p00, p01, p02, p11, p12, p22 = prefix.gather(1, corners.transpose(0, 1).flatten(1)).view(columns, 6, -1).unbind(1)
+        pairs = ((b0, b0), (b0, b1), (b0, b2), (b1, b1), (b1, b2), (b2, b2))
+        corners = torch.stack([low * side + high for low, high in pairs], 1).flatten(1)
+        p00, p01, p02, p11, p12, p22 = prefix.gather(1, corners).view(columns, 6, -1).unbind(1)
         left, right = (b1 - b0).double(), (b2 - b1).double()
         across = (p12 - p02 - p11 + p01) / (left * right)
         norms = [

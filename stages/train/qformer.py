@@ -8,7 +8,7 @@ self-attention a key and value source of its own, which no public class offers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from stages.train.memory import MemoryBank
+from stages.train.noise import Noise, Site
 
 LAYER_NORM_EPS = 1e-12  # BERT
 
@@ -23,56 +24,60 @@ LAYER_NORM_EPS = 1e-12  # BERT
 class MultiHeadAttention(nn.Module):
     """Queries from one source, keys and values from another (of width ``source_size``)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, source_size: int, dropout: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, source_size: int) -> None:
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"student.hidden_size {hidden_size} is not a multiple of student.num_heads {num_heads}")
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key = nn.Linear(source_size, hidden_size)
         self.value = nn.Linear(source_size, hidden_size)
 
     def forward(
-        self, states: Float[Tensor, "B N E"], source: Float[Tensor, "B S C"], keep: Bool[Tensor, "B S"] | None
+        self,
+        states: Float[Tensor, "B N E"],
+        sources: Sequence[Float[Tensor, "B _ C"]],
+        keep: Bool[Tensor, "B S"] | None,
+        factors: Float[Tensor, "B H N S"] | None = None,
     ) -> Float[Tensor, "B N E"]:
+        """``sources`` are projected one by one, attended to as one; ``factors`` (dropout) scale the probabilities."""
+
         def heads(x: Tensor) -> Tensor:
             return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # [B, heads, S, E / heads]
 
-        mixed = F.scaled_dot_product_attention(
-            heads(self.query(states)),
-            heads(self.key(source)),
-            heads(self.value(source)),
-            attn_mask=None if keep is None else keep[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        q = heads(self.query(states))
+        k, v = (heads(torch.cat([part(x) for x in sources], 1)) for part in (self.key, self.value))
+        mask = None if keep is None else keep[:, None, None, :]
+        if factors is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            scores = q @ k.mT * q.shape[-1] ** -0.5
+            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            mixed = (scores.softmax(-1) * factors) @ v
         return mixed.transpose(1, 2).flatten(2)
 
 
 class AddNorm(nn.Module):
     """Dense, dropout, residual, LayerNorm: BERT's post-norm step."""
 
-    def __init__(self, in_size: int, out_size: int, dropout: float) -> None:
+    def __init__(self, in_size: int, out_size: int) -> None:
         super().__init__()
         self.dense = nn.Linear(in_size, out_size)
         self.LayerNorm = nn.LayerNorm(out_size, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        out: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + residual)
+    def forward(self, x: Tensor, residual: Tensor, noise: Noise | None, site: Site) -> Tensor:
+        dense = self.dense(x)
+        out: Tensor = self.LayerNorm((dense if noise is None else noise.drop(site, dense)) + residual)
         return out
 
 
 class Attention(nn.Module):
     """Attention with its residual step."""
 
-    def __init__(self, hidden_size: int, num_heads: int, source_size: int, dropout: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, source_size: int) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(hidden_size, num_heads, source_size, dropout)
-        self.output = AddNorm(hidden_size, hidden_size, dropout)
-
-    def forward(self, states: Tensor, source: Tensor, keep: Tensor | None) -> Tensor:
-        out: Tensor = self.output(self.attention(states, source, keep), states)
-        return out
+        self.attention = MultiHeadAttention(hidden_size, num_heads, source_size)
+        self.output = AddNorm(hidden_size, hidden_size)
 
 
 class Expand(nn.Module):
@@ -87,56 +92,77 @@ class Expand(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """Self-attention over queries and text, cross-attention of the queries, separate feed-forward networks."""
+    """Self-attention over queries and text, cross-attention of the queries, separate feed-forward networks.
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, intermediate_size: int, frame_size: int, dropout: float, cross: bool
-    ) -> None:
+    ``after_*`` are the steps between the attentions, on tensors of any time layout [T, B, N, E]; they are shared by all
+    evaluations of the student.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, frame_size: int, cross: bool) -> None:
         super().__init__()
-        self.attention = Attention(hidden_size, num_heads, hidden_size, dropout)
-        self.crossattention = Attention(hidden_size, num_heads, frame_size, dropout) if cross else None
+        self.attention = Attention(hidden_size, num_heads, hidden_size)
+        self.crossattention = Attention(hidden_size, num_heads, frame_size) if cross else None
         self.intermediate = Expand(hidden_size, intermediate_size)
-        self.output = AddNorm(intermediate_size, hidden_size, dropout)
+        self.output = AddNorm(intermediate_size, hidden_size)
         self.intermediate_query = Expand(hidden_size, intermediate_size)
-        self.output_query = AddNorm(intermediate_size, hidden_size, dropout)
+        self.output_query = AddNorm(intermediate_size, hidden_size)
 
-    def forward(
-        self,
-        states: Float[Tensor, "B N E"],
-        self_source: Float[Tensor, "B S E"],
-        keep: Bool[Tensor, "B S"] | None,
-        visual_source: Float[Tensor, "B Z C"],
-        num_queries: int,
-    ) -> Float[Tensor, "B N E"]:
-        attended = self.attention(states, self_source, keep)
-        queries, text = attended[:, :num_queries], attended[:, num_queries:]
-        if self.crossattention is not None:
-            queries = self.crossattention(queries, visual_source, None)
-        return self.feed_forward(queries, text)
-
-    def feed_forward(self, queries: Float[Tensor, "*S E"], text: Float[Tensor, "*Z E"]) -> Float[Tensor, "*N E"]:
+    def feed_forward(
+        self, queries: Float[Tensor, "T B Q E"], text: Float[Tensor, "T B L E"], noise: Noise | None
+    ) -> Float[Tensor, "T B N E"]:
         """Queries and text through networks of their own, then together again."""
-        queries = self.output_query(self.intermediate_query(queries), queries)
+        queries = self.output_query(self.intermediate_query(queries), queries, noise, Site.QUERY_OUTPUT)
         if text.shape[-2] == 0:
             return queries
-        return torch.cat([queries, self.output(self.intermediate(text), text)], dim=-2)
+        return torch.cat([queries, self.output(self.intermediate(text), text, noise, Site.TEXT_OUTPUT)], dim=-2)
+
+    def step(
+        self,
+        states: Float[Tensor, "B N E"],
+        bank: MemoryBank,
+        keep: Bool[Tensor, "B N"] | None,
+        visual: MemoryBank,
+        frame: Float[Tensor, "B P C"],
+        num_queries: int,
+        noise: Noise | None,
+        lean: bool,
+    ) -> Float[Tensor, "B N E"]:
+        """One frame. Both banks are as after the frame before."""
+
+        def attend(
+            part: Attention, states: Tensor, bank: MemoryBank, current: Tensor, sites: tuple[Site, Site]
+        ) -> Tensor:
+            sources = bank.followed_by(current)
+            sources = sources if lean else (torch.cat(sources, 1),)
+            tiled = None if keep is None or sites[0] != Site.SELF_PROBS else keep.repeat(1, len(bank) + 1)
+            factors = None
+            if noise is not None:
+                slots = bank.slots_followed_by(current)
+                shape = (part.attention.num_heads, states.shape[1], bank.max_len + 1, current.shape[1])
+                by_slot = noise.mask(sites[0], 0, torch.Size(shape), states)  # [B, heads, A, K + 1, N]
+                index = slots[:, None, None].expand(-1, *shape[:2], -1, -1)
+                factors = by_slot.gather(3, index).flatten(3)
+            mixed = part.attention(states, sources, tiled, factors)
+            out: Tensor = part.output(mixed[None], states[None], noise, sites[1])[0]
+            return out
+
+        attended = attend(self.attention, states, bank, states, (Site.SELF_PROBS, Site.SELF_OUTPUT))
+        queries, text = attended[:, :num_queries], attended[:, num_queries:]
+        if self.crossattention is not None:
+            queries = attend(self.crossattention, queries, visual, frame, (Site.CROSS_PROBS, Site.CROSS_OUTPUT))
+        return self.feed_forward(queries[None], text[None], noise)[0]
 
 
 class Embeddings(nn.Module):
     """Query tokens followed by embedded text; only the text has positions."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, max_positions: int, pad_id: int, dropout: float) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, max_positions: int, pad_id: int) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(vocab_size, hidden_size, padding_idx=pad_id)
         self.position_embeddings = nn.Embedding(max_positions, hidden_size)
         self.layernorm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Float[Tensor, "B Q E"], text_ids: Int[Tensor, "B L"] | None) -> Float[Tensor, "B N E"]:
-        out: Tensor = self.dropout(self.normed(queries, text_ids))
-        return out
-
-    def normed(self, queries: Float[Tensor, "B Q E"], text_ids: Int[Tensor, "B L"] | None) -> Float[Tensor, "B N E"]:
         """What every frame starts from, before dropout."""
         states = queries
         if text_ids is not None:
@@ -163,68 +189,79 @@ class QFormer(nn.Module):
         intermediate_size: int,
         frame_size: int,
         cross_attention_every: int,
-        dropout: float,
         max_positions: int = 512,
         pad_id: int = 0,
     ) -> None:
         super().__init__()
-        self.embeddings = Embeddings(vocab_size, hidden_size, max_positions, pad_id, dropout)
+        self.embeddings = Embeddings(vocab_size, hidden_size, max_positions, pad_id)
         layers = nn.ModuleList(
-            QFormerLayer(
-                hidden_size, num_heads, intermediate_size, frame_size, dropout, cross=i % cross_attention_every == 0
-            )
+            QFormerLayer(hidden_size, num_heads, intermediate_size, frame_size, cross=i % cross_attention_every == 0)
             for i in range(num_layers)
         )
         self.encoder = nn.ModuleDict({"layer": layers})  # transformers' name: encoder.layer.<i>
         self.num_layers = num_layers
 
     @property
-    def layers(self) -> Iterable[nn.Module]:
+    def layers(self) -> Iterable[QFormerLayer]:
         """The blocks, first to last."""
         layers = self.encoder["layer"]
         assert isinstance(layers, nn.ModuleList)
-        return layers
+        return layers  # type: ignore[return-value]
 
-    def embed_over_time(
-        self, query_tokens: Float[Tensor, "B Q E"], text_ids: Int[Tensor, "B L"] | None, num_frames: int
+    def embed(
+        self,
+        query_tokens: Float[Tensor, "B Q E"],
+        text_ids: Int[Tensor, "B L"] | None,
+        num_frames: int,
+        noise: Noise | None,
     ) -> Float[Tensor, "T B N E"]:
         """The embedding output at every step: the same numbers, under dropout of their own."""
-        states = self.embeddings.normed(query_tokens, text_ids)
-        out: Tensor = self.embeddings.dropout(states.expand(num_frames, -1, -1, -1))
-        return out
+        states = self.embeddings(query_tokens, text_ids).expand(num_frames, -1, -1, -1)
+        return states if noise is None else noise.drop(Site.EMBEDDINGS, states)
 
-    def empty_banks(self, max_len: int) -> tuple[MemoryBank, ...]:
-        """One query bank per layer: it holds the detached input of that layer's self-attention, text included."""
-        return tuple(MemoryBank.empty(max_len) for _ in range(self.num_layers))
+    def empty_banks(self, max_len: int, *, detach: bool = True) -> tuple[MemoryBank, ...]:
+        """One query bank per layer: it holds the input of that layer's self-attention, text included."""
+        return tuple(MemoryBank.empty(max_len, detach=detach) for _ in range(self.num_layers))
 
     def step(
         self,
         query_tokens: Float[Tensor, "B Q E"],
         text_ids: Int[Tensor, "B L"] | None,
         text_keep: Bool[Tensor, "B L"] | None,
-        visual_source: Float[Tensor, "B Z C"],
+        frame: Float[Tensor, "B P C"],
+        visual: MemoryBank,
         banks: tuple[MemoryBank, ...],
+        *,
+        noise: Noise | None = None,
+        lean: bool = False,
     ) -> tuple[list[Float[Tensor, "B N E"]], tuple[MemoryBank, ...]]:
         """One frame: 13 hidden states for 12 blocks (entry u - 1 is level u), and the banks after this frame.
 
         Args:
             query_tokens: the learned queries; they restart from these at every frame.
             text_ids, text_keep: instruction tokens and True where they are not padding; None without text.
-            visual_source: the visual bank followed by the current frame, as tokens.
-            banks: one per layer, as after the previous frame.
+            frame: tokens of the current frame.
+            visual, banks: the visual bank and one bank per layer, as after the previous frame.
+            noise: dropout of this frame.
+            lean: project banks apart from the current frame, so that nothing is differentiated through the past.
         """
         num_queries = query_tokens.shape[1]
-        states = self.embeddings(query_tokens, text_ids)
-        keep: Tensor | None = None
-        if text_keep is not None and not bool(text_keep.all()):
-            keep = torch.cat([text_keep.new_ones(len(text_keep), num_queries), text_keep], dim=1)  # [B, N]
+        states = self.embed(query_tokens, text_ids, 1, noise)[0]
+        keep = padding(text_keep, num_queries)
         hidden, after = [states], []
-        for layer, bank in zip(self.layers, banks, strict=True):
-            tiled = None if keep is None else keep.repeat(1, len(bank) + 1)  # the same padding in every slot
+        for i, (layer, bank) in enumerate(zip(self.layers, banks, strict=True)):
             after.append(bank.append(states))
-            states = layer(states, bank.followed_by(states), tiled, visual_source, num_queries)
+            here = None if noise is None else noise.at(layer=i)
+            states = layer.step(states, bank, keep, visual, frame, num_queries, here, lean)
             hidden.append(states)
         return hidden, tuple(after)
+
+
+def padding(text_keep: Bool[Tensor, "B L"] | None, num_queries: int) -> Bool[Tensor, "B N"] | None:
+    """True at queries and at text that is not padding; None where nothing is padding."""
+    if text_keep is None or bool(text_keep.all()):
+        return None
+    return torch.cat([text_keep.new_ones(len(text_keep), num_queries), text_keep], dim=1)
 
 
 def init_like_bert(module: nn.Module, generator: torch.Generator, width: int) -> None:

@@ -1,11 +1,13 @@
 """The trainable student: ln_vision, PE(t), Q-Former with memory banks, llm_proj (§3.1; MA-LMM).
 
-Two evaluations give equal results (``student.evaluation``, D38): ``reference`` runs one frame after another, as the paper
-describes it, and ``parallel`` runs layer by layer over all frames.
+Three evaluations give equal results (``student.evaluation``, D38): ``reference`` runs one frame after another, as the
+paper describes it; ``lean`` does too, but differentiates nothing through the detached past; ``parallel`` runs layer by
+layer over all frames.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -13,13 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from stages import weights
 from stages.config import StudentConfig
 from stages.train import parallel
 from stages.train.memory import MemoryBank
+from stages.train.noise import Noise
+from stages.train.plan import merge_plan
 from stages.train.qformer import QFormer, init_like_bert
 from stages.types import StudentOutput
 
@@ -43,6 +47,15 @@ def num_aligned_frames(frames: Frames, num_frames: int) -> int:
     if frames == "all":
         return num_frames
     return min(1 if frames == "last" else frames, num_frames)
+
+
+def last_frames(x: Shaped[Tensor, "B T *rest"], lengths: Sequence[int], count: int) -> Shaped[Tensor, "B F *rest"]:
+    """The last ``count`` = F of each sample's own frames; a shorter sample's first one is repeated in front."""
+    if all(length == x.shape[1] for length in lengths):
+        return x[:, -count:]
+    ends = torch.tensor(lengths, device=x.device)[:, None]
+    steps = ends - count + torch.arange(count, device=x.device)
+    return x[torch.arange(len(x), device=x.device)[:, None], steps.clamp_min(0)]
 
 
 class Student(nn.Module):
@@ -69,7 +82,6 @@ class Student(nn.Module):
             intermediate_size=cfg.intermediate_size,
             frame_size=clip_width,
             cross_attention_every=cfg.cross_attention_every,
-            dropout=cfg.dropout,
         )
         self.llm_proj = nn.Linear(cfg.hidden_size, llm_width)
         self.image_pe.weight.requires_grad_(cfg.pe == "learned")
@@ -86,7 +98,13 @@ class Student(nn.Module):
     def frame_features(self, tokens: Float[Tensor, "B P C"], t: int) -> Float[Tensor, "B P C"]:
         """f_t = ln_vision(s_t) + PE(t) (Eq. 1), in float32 whatever the cache holds."""
         tokens = tokens.to(device=self.query_tokens.device, dtype=self.ln_vision.weight.dtype)
-        out: Tensor = self.ln_vision(tokens) + self.image_pe.weight[t]
+        return self.look(tokens) + self.image_pe.weight[t]
+
+    def look(self, tokens: Float[Tensor, "*batch P C"]) -> Float[Tensor, "*batch P C"]:
+        """ln_vision, and the code of each token's place where ``spatial_std`` asks for one (D53)."""
+        out: Tensor = self.ln_vision(tokens)
+        if self.cfg.spatial_std:
+            out = out + self.cfg.spatial_std * spatial_code(*out.shape[-2:]).to(out)
         return out
 
     def check(self, num_frames: int, levels: Sequence[int]) -> None:
@@ -98,11 +116,13 @@ class Student(nn.Module):
 
     def forward(
         self,
-        f: Float[Tensor, "B T P C"],
+        f: Float[Tensor, "V T P C"],
         prompts: Sequence[str],
         *,
         levels: Iterable[int] = (),
         frames: Frames = "last",
+        windows: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> StudentOutput:
         """Run the frames in order and read the last one's queries.
 
@@ -112,60 +132,97 @@ class Student(nn.Module):
             levels: 1-based levels whose query states are wanted (13 = last block).
             frames: at which frames they are wanted: all, last, or the last k. Earlier frames are run without a graph:
                 the banks are detached, so nothing could flow back from them.
+            windows: which row of ``f`` each sample asks about, where several ask about one; default row b for sample b.
+            lengths: frames of each row of ``f``, where they differ. What follows a row's last frame is padding: later
+                frames reach nothing earlier, so no number depends on it. ``hidden`` holds as many frames as the longest
+                sample wants, each sample's last one at the end.
 
         Raises:
-            ValueError: more frames than PE has rows, or a level that does not exist.
+            ValueError: more frames than PE has rows, a level that does not exist, or samples without frames.
         """
-        num_frames = f.shape[1]
-        levels = tuple(levels)
+        num_frames, levels = f.shape[1], tuple(levels)
+        windows = range(len(f)) if windows is None else windows
         self.check(num_frames, levels)
-        first_wanted = num_frames - num_aligned_frames(frames, num_frames)
+        if len(windows) != len(prompts) or sorted(set(windows)) != list(range(len(f))):
+            raise ValueError(f"{len(prompts)} prompts, windows {list(windows)}: each of {len(f)} must be asked about")
+        if lengths is not None and (len(lengths) != len(f) or not all(1 <= n <= num_frames for n in lengths)):
+            raise ValueError(f"lengths {list(lengths)}: each of {len(f)} windows has 1 to {num_frames} frames")
+        own = [num_frames if lengths is None else lengths[window] for window in windows]
+        wanted = [num_aligned_frames(frames, n) for n in own]
+        first = min(n - k for n, k in zip(own, wanted, strict=True))
         text_ids, text_keep = self.tokenize(prompts)
+        noise = Noise.draw(len(prompts), self.cfg.dropout) if self.training and self.cfg.dropout else None
         evaluate = self._parallel if self.cfg.evaluation == "parallel" else self._sequential
-        last, hidden = evaluate(f, text_ids, text_keep, levels, first_wanted)
-        return StudentOutput(self.llm_proj(last), hidden)
+        hidden = evaluate(f, text_ids, text_keep, windows, first, noise)
+        ends = [n - first for n in own]
+        states = {u: last_frames(hidden[u - 1].transpose(0, 1), ends, max(wanted)) for u in levels}
+        last = last_frames(hidden[-1].transpose(0, 1), ends, 1)[:, 0]
+        return StudentOutput(self.llm_proj(last), states)
 
     def _parallel(
         self,
-        f: Float[Tensor, "B T P C"],
+        f: Float[Tensor, "V T P C"],
         text_ids: Int[Tensor, "B L"],
         text_keep: Bool[Tensor, "B L"],
-        levels: Sequence[int],
+        windows: Sequence[int],
         first_wanted: int,
-    ) -> tuple[Float[Tensor, "B Q E"], dict[int, Float[Tensor, "B F Q E"]]]:
-        """All frames at once. Query states of the last level at the last frame, and those that are wanted."""
+        noise: Noise | None,
+    ) -> list[Float[Tensor, "F B Q E"]]:
+        """All frames at once; query states of every level from the first wanted frame on."""
         f = f.transpose(0, 1).to(device=self.query_tokens.device, dtype=self.ln_vision.weight.dtype)
-        frames = self.ln_vision(f) + self.image_pe.weight[: len(f), None, None]  # [T, B, P, C]
-        queries = self.query_tokens.expand(len(text_ids), -1, -1)
-        hidden = parallel.hidden_states(
-            self.qformer, frames, queries, text_ids, text_keep, max_len=self.cfg.memory_len
+        first = first_wanted if self.cfg.bank_detach else 0
+        positions = self.image_pe.weight[: len(f), None, None]
+        with torch.no_grad():
+            past = self.look(f[:first]) + positions[:first]
+        now = self.look(f[first:]) + positions[first:]
+        plan = merge_plan(torch.cat([past, now.detach()]), self.cfg.memory_len)
+        frames = parallel.Frames(past, now, plan, parallel.Questions.group(windows, f.device))
+        return parallel.hidden_states(
+            self.qformer,
+            frames,
+            self.query_tokens.expand(len(text_ids), -1, -1),
+            text_ids,
+            text_keep,
+            noise=noise,
+            detach=self.cfg.bank_detach,
+            recompute=self.cfg.recompute_layers,
         )
-        return hidden[-1][-1], {u: hidden[u - 1][first_wanted:].transpose(0, 1) for u in levels}
 
     def _sequential(
         self,
-        f: Float[Tensor, "B T P C"],
+        f: Float[Tensor, "V T P C"],
         text_ids: Int[Tensor, "B L"],
         text_keep: Bool[Tensor, "B L"],
-        levels: Sequence[int],
+        windows: Sequence[int],
         first_wanted: int,
-    ) -> tuple[Float[Tensor, "B Q E"], dict[int, Float[Tensor, "B F Q E"]]]:
-        """One frame after another. Frames before the first wanted one are run without a graph: the banks are detached,
-        so nothing could flow back from them.
-        """
+        noise: Noise | None,
+    ) -> list[Float[Tensor, "F B Q E"]]:
+        """One frame after another; query states of every level from the first wanted frame on."""
+        f, cfg = f[list(windows)], self.cfg
         queries = self.query_tokens.expand(len(f), -1, -1)
-        visual, banks = MemoryBank.empty(self.cfg.memory_len), self.qformer.empty_banks(self.cfg.memory_len)
-        kept: dict[int, list[Tensor]] = {u: [] for u in levels}
+        visual = MemoryBank.empty(cfg.memory_len, detach=cfg.bank_detach)
+        banks = self.qformer.empty_banks(cfg.memory_len, detach=cfg.bank_detach)
+        kept: list[list[Tensor]] = [[] for _ in range(cfg.num_layers + 1)]
         for t in range(f.shape[1]):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and t >= first_wanted):
+            graph = t >= first_wanted or not cfg.bank_detach
+            with torch.set_grad_enabled(torch.is_grad_enabled() and graph):
                 f_t = self.frame_features(f[:, t], t)
-                hidden, banks = self.qformer.step(queries, text_ids, text_keep, visual.followed_by(f_t), banks)
+                here = None if noise is None else noise.at(first=t)
+                lean = cfg.evaluation == "lean"
+                hidden, banks = self.qformer.step(
+                    queries, text_ids, text_keep, f_t, visual, banks, noise=here, lean=lean
+                )
                 visual = visual.append(f_t)
             if t >= first_wanted:
-                for u in levels:
-                    kept[u].append(hidden[u - 1][:, : self.cfg.num_queries])
-        last = hidden[-1][:, : self.cfg.num_queries]
-        return last, {u: torch.stack(states, dim=1) for u, states in kept.items()}
+                for states, level in zip(hidden, kept, strict=True):
+                    level.append(states[:, : cfg.num_queries])
+        return [torch.stack(states) for states in kept]
+
+
+@functools.lru_cache(maxsize=4)
+def spatial_code(num_tokens: int, width: int) -> Float[Tensor, "P C"]:
+    """A fixed standard normal vector per token place; the same for everyone."""
+    return torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(0))
 
 
 def load_tokenizer(cfg: StudentConfig) -> Any:

@@ -17,6 +17,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from stages.train.memory import MemoryBank
+from stages.train.noise import Noise
 from stages.train.student import Frames, Student, build, num_aligned_frames
 from stages.types import StudentOutput
 
@@ -28,28 +30,39 @@ class LastFrame(Student):
 
     def forward(
         self,
-        f: Float[Tensor, "B T P C"],
+        f: Float[Tensor, "V T P C"],
         prompts: Sequence[str],
         *,
         levels: Iterable[int] = (),
         frames: Frames = "last",
+        windows: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> StudentOutput:
-        """As ``Student.forward``, with frames as part of the batch; only frames that somebody wants are run."""
+        """As ``Student.forward``, with frames as part of the batch; only frames that somebody wants are run.
+
+        Raises:
+            ValueError: also for windows of different lengths.
+        """
+        if lengths is not None and any(n != f.shape[1] for n in lengths):
+            raise ValueError(f"a student without banks wants windows of one length in a batch, got {list(lengths)}")
         levels = tuple(levels)
+        f = f if windows is None else f[list(windows)]
         num_frames, queries = f.shape[1], self.cfg.num_queries
         self.check(num_frames, levels)
         aligned = num_aligned_frames(frames, num_frames)
         run = num_frames if self.reads_every_frame else aligned
         first = num_frames - run
         text_ids, text_keep = (part.repeat_interleave(run, dim=0) for part in self.tokenize(prompts))
-        visual = self.ln_vision(f[:, first:].to(self.query_tokens.device, self.ln_vision.weight.dtype))
+        visual = self.look(f[:, first:].to(self.query_tokens.device, self.ln_vision.weight.dtype))
         visual = visual + self.image_pe.weight[first:num_frames, None]  # [B, run, P, C]
         hidden, _ = self.qformer.step(
             self.query_tokens.expand(len(text_ids), -1, -1),
             text_ids,
             text_keep,
             visual.flatten(0, 1),
+            MemoryBank.empty(1),
             self.qformer.empty_banks(1),
+            noise=Noise.draw(len(text_ids), self.cfg.dropout) if self.training and self.cfg.dropout else None,
         )
         states = {u: hidden[u - 1][:, :queries].unflatten(0, (len(f), run)) for u in (*levels, len(hidden))}
         last = states[len(hidden)]  # [B, run, Q, E]

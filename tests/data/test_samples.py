@@ -46,6 +46,15 @@ def test_a_batch_holds_the_frames_of_the_chosen_draw(stores: dict[str, makers.Fe
         np.testing.assert_array_equal(batch.y_star[row].numpy(), makers.features("pooled/layer8", video, frames))
 
 
+def test_a_shorter_sample_is_padded_with_zeros(stores: dict[str, makers.FeatureStore]) -> None:
+    short = sample("s3", "ant", [2])
+    batch = CachedSamples([*SAMPLES, short], *stores.values()).batch([0, 3])
+    assert batch.lengths == (3, 1)
+    np.testing.assert_array_equal(batch.f[1, :1].numpy(), makers.features("tokens", "ant", [2]))
+    assert torch.count_nonzero(batch.f[1, 1:]) == 0
+    assert CachedSamples(SAMPLES, *stores.values()).batch([0, 1]).lengths is None
+
+
 def test_evaluation_takes_the_first_draw_and_repeats_are_allowed(stores: dict[str, makers.FeatureStore]) -> None:
     batch = CachedSamples(SAMPLES, stores["tokens"]).batch([1])
     np.testing.assert_array_equal(batch.f[0].numpy(), makers.features("tokens", "elk", [1, 1, 6]))
@@ -66,7 +75,9 @@ def test_frames_that_several_samples_share_are_read_once(
         return real(self, video, index, **options)
 
     monkeypatch.setattr(makers.FeatureStore, "read", count)
-    assert torch.equal(data.batch(range(6)).f, alone)
+    batch = data.batch(range(6))
+    assert batch.windows == (0, 1, 0, 1, 2, 3)
+    assert torch.equal(batch.f[list(batch.windows)], alone)
     assert read == [("elk", [0, 2, 4]), ("ant", [0, 3, 9]), ("elk", [0, 2, 6]), ("ant", [0, 3, 6])]
 
 

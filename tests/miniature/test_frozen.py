@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ from stages.extract.clip import build as build_clip
 from stages.extract.dit import build as build_dit
 from stages.miniature import FOLDER, configs
 from stages.miniature.pictures import FIRST_HIDDEN_SEED, pictures
-from stages.miniature.train_clip import FACTS, WORDS, facts, sentence, token_ids, train_clip
+from stages.miniature.sayings import statements
+from stages.miniature.train_clip import FACTS, WORDS, _said, facts, sentence, token_ids, train_clip
 from stages.miniature.train_frozen import RECIPE, WEIGHTS, digest
 from stages.miniature.train_llm import QUESTION_FACTS, accuracy_from_descriptions, asked, train_llm
 from stages.miniature.train_qformer import coarse_questions
 from stages.miniature.train_teacher import latents_of, train_dit, train_vae
-from stages.miniature.world import FINE_TASKS, labels, render, specs, statements
+from stages.miniature.videos import FINE_TASKS, labels, render, specs
 from stages.train.student import build as build_student
 
 CONFIG = PipelineConfig(
@@ -32,6 +34,9 @@ CONFIG = PipelineConfig(
     student=configs.student(),
     decode=configs.decode(),
 )
+
+
+NOT_LEARNED = "what: colors"  # "what is the color of the circle?": CARD.md
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,8 @@ def test_the_language_model_answers_every_type_from_a_description() -> None:
     decoder = build_llm(CONFIG.decode, device="cpu")
     accuracy = accuracy_from_descriptions(decoder.model, videos=60)
     assert {kind.partition(":")[0] for kind in accuracy} >= {"what", "who", "how", "where", "when", *FINE_TASKS}
-    assert min(accuracy.values()) >= 0.9, accuracy
+    answered = {kind: share for kind, share in accuracy.items() if kind != NOT_LEARNED}
+    assert min(answered.values()) >= 0.95, accuracy
 
 
 def test_nobody_who_meets_pictures_is_asked_a_fine_question() -> None:
@@ -109,17 +115,16 @@ def test_the_worlds_of_the_frozen_models_are_no_users() -> None:
 
 
 def test_captions_are_words_of_the_text_tower() -> None:
-    for spec in specs(50, 1):
-        said = sentence(facts(spec))
-        assert set(facts(spec)) <= set(FACTS)
+    draw = random.Random(0)
+    for spec in specs(200, 1):
+        said = sentence(_said(spec, draw))
+        assert set(_said(spec, draw)) <= set(facts(spec)) <= set(FACTS)
         ids = token_ids(said, 24)
         assert (len(ids), ids[0], max(ids)) == (24, 1, 63)
         assert set(said.split()) <= set(WORDS)
 
 
 def test_every_question_rests_on_a_statement() -> None:
-    import random
-
     draw = random.Random(0)
     kinds = set()
     for spec in specs(60, 0):

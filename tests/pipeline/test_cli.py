@@ -20,7 +20,10 @@ from pipeline.runs import RunFolder
 from tests.pipeline.conftest import EXTRACTED, Composed
 
 STAGE_COMMANDS = ("extract", "extract-clip", "extract-teacher", "train-student", "evaluate")
-COMMANDS = (*STAGE_COMMANDS, "baselines", "compare", "tour", "doctor")
+COMMANDS = (
+    *STAGE_COMMANDS,
+    *("baselines", "compare", "diagnose", "report", "tour", "ablate", "ablate-status", "doctor"),
+)
 GOLDEN = Path(__file__).parent.parent / "golden"
 HEAVY = ("torch", "transformers", "diffusers", "open_clip", "zarr", "numpy", "rich", "av")
 
@@ -222,7 +225,7 @@ def test_the_result_table_shows_accuracy_beside_the_majority(trained: Path) -> N
     (line,) = [line for line in table.splitlines() if line.strip().startswith("all ")]
     assert line.split() == ["all", "91", "63", "69.2", "59.1", "to", "77.8", "87.9", "46.2"]
     assert "friend" in table
-    assert "One seed (42), 41 videos." in table
+    assert "One seed (42), 41 videos" in table
     assert "n = 91 is that of the published figures." in table
 
 

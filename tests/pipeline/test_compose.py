@@ -45,6 +45,7 @@ def configure(world: Path) -> Configure:
                 f"data.annotations={world}/lvu",
                 "train.epochs=2",
                 "train.batch_size=4",
+                "train.drop_last=false",
                 *sets,
             ],
         )

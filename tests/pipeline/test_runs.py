@@ -82,8 +82,8 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(run: RunFold
     with pytest.raises(ConfigError) as caught:
         RunFolder.create(run.path, other)
     text = str(caught.value)
-    assert "train.lr: 0.001 there, 0.5 now" in text
-    assert "data.task: 'relationship' there, 'scene' now" in text
+    assert "train.lr: 0.002 there, 0.5 now" in text
+    assert "data.task: 'spot' there, 'scene' now" in text
     assert "train.epochs" not in text
     assert "--out" in text
     assert RunFolder.open(run.path).config == CONFIG

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import CachedSamples
 from stages.decode.llm import CausalLM
 from stages.train.alignment import Alignment
-from stages.train.loop import Schedule, Trainer, TrainingDiverged, batch_positions, make_schedule, train
+from stages.train.loop import Schedule, Trainer, TrainingDiverged, batch_positions, make_schedule, micro_batches, train
 from stages.train.student import Student
 
 ALIGN = AlignConfig(levels=(3, 5))
@@ -75,9 +76,10 @@ def test_dropout_is_on_and_a_different_seed_gives_another_run(make_trainer: Make
 def test_micro_batches_give_the_gradients_of_the_whole_batch(
     make_trainer: MakeTrainer, cached: CachedSamples, micro_batch: int
 ) -> None:
+    """Under dropout too: a sample's masks do not depend on its batch."""
     gradients, logs = [], []
     for size in (0, micro_batch):
-        trainer = make_trainer(batch_size=7, micro_batch=size)
+        trainer = make_trainer(batch_size=7, micro_batch=size, dropout=0.1)
         for module in trainer.modules.values():
             module.double()
         trainer.decoder.model.double()  # type: ignore[attr-defined]
@@ -90,6 +92,28 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12 * largest)
     for key, value in logs[0].items():
         assert logs[1][key] == pytest.approx(value, rel=1e-6), key  # the loss itself is float32
+
+
+def test_frames_are_averaged_per_sample_where_samples_have_different_numbers(
+    make_trainer: MakeTrainer, cached: CachedSamples
+) -> None:
+    """One batch of T = 4 and T = 2 gives the gradients of single samples, each with its own mean over frames."""
+    samples = [replace(s, draws=s.draws[:, :2]) if i % 3 else s for i, s in enumerate(cached.samples)]
+    mixed = CachedSamples(samples, cached.tokens, cached.pooled)
+    assert mixed.batch(range(7)).lengths is not None
+    gradients, logs = [], []
+    for size in (0, 1):
+        trainer = make_trainer(batch_size=7, micro_batch=size, dropout=0.1)
+        for module in trainer.modules.values():
+            module.double()
+        trainer.decoder.model.double()  # type: ignore[attr-defined]
+        logs.append(trainer.step(mixed, 0, make_schedule(trainer.cfg, len(mixed))))
+        gradients.append({n: p.grad.clone() for n, p in trainer.trainable().items() if p.grad is not None})
+        trainer.decoder.model.float()  # type: ignore[attr-defined]
+    largest = max(float(g.abs().max()) for g in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12 * largest)
+    assert logs[0]["loss_kd"] == pytest.approx(logs[1]["loss_kd"], rel=1e-6)
 
 
 def test_training_lowers_both_losses(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
@@ -155,6 +179,48 @@ def test_every_epoch_shows_every_sample_once_in_an_order_of_its_own() -> None:
     assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 2
     assert epochs[0] != epochs[1]
     assert batch_positions(cfg, schedule, 8, 4) == batch_positions(cfg, schedule, 8, 4)
+
+
+def test_grouped_questions_of_a_window_stay_together_and_share_a_draw() -> None:
+    cfg = TrainConfig(batch_size=4, drop_last=False, epochs=2, group_windows=True)
+    window_of = [0, 1, 2, 0, 1, 2, 0, 1]
+    schedule = make_schedule(cfg, 8)
+    orders = []
+    for epoch in range(2):
+        steps = [batch_positions(cfg, schedule, 8, 2 * epoch + s, window_of) for s in range(2)]
+        positions, draws = ([x for step in steps for x in step[k]] for k in range(2))
+        assert sorted(positions) == list(range(8))
+        windows = [window_of[i] for i in positions]
+        assert len([w for w, before in zip(windows, [None, *windows], strict=False) if w != before]) == 3
+        assert len(set(zip(windows, draws, strict=True))) == 3
+        orders.append(positions)
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "windows", "lengths"),
+    [
+        (4, None, [4, 3]),
+        (4, [0, 0, 0, 1, 1, 2, 2], [3, 4]),
+        (3, [0, 0, 1, 1, 1, 1, 2], [2, 3, 2]),  # a window of four does not fit: three, and the fourth with the next
+        (9, [0, 1, 1, 1, 1, 2, 2], [7]),
+        (1, [0, 0, 1, 1, 2, 2, 2], [1] * 7),
+    ],
+)
+def test_a_micro_batch_does_not_cut_a_window(size: int, windows: list[int] | None, lengths: list[int]) -> None:
+    parts = micro_batches(7, size, windows)
+    assert [part.stop - part.start for part in parts] == lengths
+    assert [i for part in parts for i in range(7)[part]] == list(range(7))
+
+
+def test_the_evaluations_give_one_training_curve(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    """Dropout included: the masks do not depend on the order in which layers and steps are visited."""
+    curves = []
+    for evaluation in ("parallel", "reference"):
+        trainer = make_trainer(dropout=0.1)
+        trainer.student.cfg = trainer.student.cfg.model_copy(update={"evaluation": evaluation})
+        curves.append([record["loss_ce"] for record in run(trainer, cached)[0]])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
 def test_malmm_schedule_warms_up_inside_the_first_epoch_and_steps_down_per_epoch() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
 
+from stages.train.memory import MemoryBank
 from stages.train.qformer import QFormer
 
 SIZES = {"hidden_size": 24, "num_layers": 4, "num_heads": 3, "intermediate_size": 40, "frame_size": 20}
@@ -32,7 +33,7 @@ def theirs(dropout: float = 0.0) -> InstructBlipQFormerModel:
 
 
 def ours(reference: InstructBlipQFormerModel) -> QFormer:
-    model = QFormer(vocab_size=50, cross_attention_every=2, dropout=0.0, max_positions=64, **SIZES).eval()
+    model = QFormer(vocab_size=50, cross_attention_every=2, max_positions=64, **SIZES).eval()
     model.load_state_dict(reference.state_dict(), strict=True)
     return model
 
@@ -55,7 +56,7 @@ def test_one_frame_without_banks_equals_transformers_bit_for_bit(text: str) -> N
             encoder_hidden_states=frame,
             output_hidden_states=True,
         )
-        hidden, _ = model.step(queries, ids, keep, frame, model.empty_banks(3))
+        hidden, _ = model.step(queries, ids, keep, frame, MemoryBank.empty(3), model.empty_banks(3))
     assert len(hidden) == len(want.hidden_states) == 5
     for level, (mine, other) in enumerate(zip(hidden, want.hidden_states, strict=True), start=1):
         # Rows of padded text are nobody's input: transformers leaves its own numbers there.
@@ -73,7 +74,7 @@ def test_text_padding_changes_no_query_even_with_banks() -> None:
         for ids, mask in ((short, torch.ones(1, 3, dtype=torch.bool)), (padded, keep)):
             banks = model.empty_banks(2)
             for t in range(4):
-                hidden, banks = model.step(queries, ids, mask, frame * (t + 1), banks)
+                hidden, banks = model.step(queries, ids, mask, frame * (t + 1), MemoryBank.empty(2), banks)
             outputs.append(hidden[-1][:, :5])
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-12)
 
@@ -81,7 +82,9 @@ def test_text_padding_changes_no_query_even_with_banks() -> None:
 def test_a_query_bank_holds_the_input_of_its_layer_with_the_text() -> None:
     model = ours(theirs())
     queries, frame, ids = torch.randn(2, 5, 24), torch.randn(2, 7, 20), torch.randint(1, 50, (2, 6))
-    hidden, banks = model.step(queries, ids, torch.ones(2, 6, dtype=torch.bool), frame, model.empty_banks(3))
+    hidden, banks = model.step(
+        queries, ids, torch.ones(2, 6, dtype=torch.bool), frame, MemoryBank.empty(3), model.empty_banks(3)
+    )
     assert len(banks) == 4
     for layer, bank in enumerate(banks):
         assert bank.values is not None

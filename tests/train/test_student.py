@@ -19,6 +19,8 @@ from transformers import (
     LlamaConfig,
 )
 
+from stages.train.noise import Site
+from stages.train.qformer import Attention
 from stages.train.student import Student, build, load_instructblip, num_aligned_frames
 
 PROMPTS = ["what is the relationship of the movie ?", "who runs ?"]  # different lengths: the second is padded
@@ -44,6 +46,12 @@ def naive(student: Student, f: torch.Tensor, prompts: list[str]) -> list[list[to
             counts.append(count)
         return list(torch.stack(columns, 1)), [list(row) for row in zip(*counts, strict=True)]
 
+    def attend(
+        part: Attention, states: torch.Tensor, source: list[torch.Tensor], keys: torch.Tensor | None
+    ) -> torch.Tensor:
+        mixed = part.attention(states[None], (torch.cat(source)[None],), keys)
+        return part.output(mixed, states[None], None, Site.SELF_OUTPUT)[0]
+
     ids, keep = student.tokenize(prompts)
     qformer, limit, num_queries = student.qformer, student.cfg.memory_len, student.cfg.num_queries
     visual: list[torch.Tensor] = []
@@ -57,9 +65,12 @@ def naive(student: Student, f: torch.Tensor, prompts: list[str]) -> list[list[to
         mask = torch.cat([torch.ones(num_queries, dtype=torch.bool), keep[0]])
         hidden = [states]
         for i, layer in enumerate(qformer.layers):
-            source, entry = torch.cat([*layers[i], states]), states.detach()
-            keys = mask.repeat(len(layers[i]) + 1)[None]
-            states = layer(states[None], source[None], keys, torch.cat([*visual, f_t])[None], num_queries)[0]
+            entry = states.detach()
+            attended = attend(layer.attention, states, [*layers[i], states], mask.repeat(len(layers[i]) + 1)[None])
+            queries, text = attended[:num_queries], attended[num_queries:]
+            if layer.crossattention is not None:
+                queries = attend(layer.crossattention, queries, [*visual, f_t], None)
+            states = layer.feed_forward(queries[None, None], text[None, None], None)[0, 0]
             layers[i].append(entry)
             layer_sizes[i].append([1] * len(entry))
             if len(layers[i]) > limit:
@@ -73,11 +84,12 @@ def naive(student: Student, f: torch.Tensor, prompts: list[str]) -> list[list[to
     return out
 
 
+@pytest.mark.parametrize("evaluation", ["reference", "lean", "parallel"])
 @pytest.mark.parametrize("num_frames", [1, 3, 4, 5, 9])  # K = 3: T below, at, one above, and far above K
-def test_the_sequential_student_equals_the_recurrence_written_with_lists(
-    make_student: MakeStudent, features: MakeFeatures, num_frames: int
+def test_the_student_equals_the_recurrence_written_with_lists(
+    make_student: MakeStudent, features: MakeFeatures, num_frames: int, evaluation: str
 ) -> None:
-    student, f = make_student(), features(2, num_frames)
+    student, f = make_student(evaluation=evaluation), features(2, num_frames)
     out = student(f, PROMPTS, levels=ALL, frames="all")
     for b in range(2):
         want = naive(student, f[b : b + 1], [PROMPTS[b]])
@@ -145,7 +157,7 @@ def test_aligning_some_frames_equals_slicing_all(
         gradients.append({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
         values = hidden.detach()
     assert hidden.shape == (2, count, 5, 12)
-    assert torch.equal(values, student(f, PROMPTS, levels=(4,), frames=frames).hidden[4])
+    torch.testing.assert_close(values, student(f, PROMPTS, levels=(4,), frames=frames).hidden[4], rtol=0, atol=1e-12)
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0].get(name, torch.zeros_like(gradient)), gradient, rtol=0, atol=1e-9)
 

@@ -1,0 +1,72 @@
+"""How much memory a training step takes, before it is taken.
+
+The formula counts what the parallel evaluation keeps for its backward pass, plus the working set of the largest layer;
+tests/train/test_budget.py holds it to measured peaks.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from stages.train.student import Student
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One sample: its frames, how many of them have a graph, tokens per frame and their width, text tokens."""
+
+    num_frames: int
+    wanted: int
+    tokens: int
+    width: int
+    text: int
+
+
+def parse_bytes(text: str) -> int:
+    """``20GB``, ``500 MB``, ``8GiB`` as bytes. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"train.memory is an amount such as 20GB or 8GiB; got {text!r}")
+    number, prefix, binary = float(match[1]), match[2].upper(), match[3]
+    base = UNITS[prefix] if not binary else 1024 ** list(UNITS).index(prefix)
+    return int(number * base)
+
+
+def fixed_bytes(student: Student) -> int:
+    """Weights, and for what is trained gradients and both moments of AdamW."""
+    parameters = list(student.parameters())
+    return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
+
+
+def sample_bytes(student: Student, shape: Shape) -> int:
+    """Peak of one sample's forward and backward pass."""
+    cfg, steps, n = student.cfg, shape.wanted if student.cfg.bank_detach else shape.num_frames, 0
+    n = cfg.num_queries + shape.text
+    crossing = -(-cfg.num_layers // cfg.cross_attention_every)
+    slots = min(shape.num_frames, cfg.memory_len + 1)
+    # Attention: queries, keys, values, output twice, the sum before and the states after the norm; feed-forward: both
+    # sides of the GELU, the sum before and the states after the norm, and queries and text together again.
+    layer = n * (10 * cfg.hidden_size + 2 * cfg.intermediate_size)
+    cross = 6 * cfg.num_queries * cfg.hidden_size + 2 * shape.tokens * cfg.hidden_size
+    kept = steps * (n * cfg.hidden_size if cfg.recompute_layers else layer) * cfg.num_layers
+    kept += steps * cross * (1 if cfg.recompute_layers else crossing)
+    frames = shape.num_frames * shape.tokens * shape.width * 3 + steps * shape.tokens * shape.width
+    merges = max(0, shape.num_frames - 1 - cfg.memory_len)
+    # Gradients of keys and values by row, at their own step, joined for two products; buffers of values and gradients.
+    working = shape.tokens * 2 * cfg.hidden_size * (shape.num_frames + merges + 3 * steps + 4 * slots)
+    return FLOAT * (kept + frames + working)
+
+
+def largest_batch(student: Student, shape: Shape, budget: int) -> int:
+    """Samples that fit. Raises ValueError, with the least that would do, where not even one does."""
+    fixed, each = fixed_bytes(student), sample_bytes(student, shape)
+    if fixed + each > budget:
+        raise ValueError(
+            f"train.memory {budget / 1e9:.1f} GB is too small: one sample takes {(fixed + each) / 1e9:.1f} GB.\n"
+            f"Give more, or:  --set student.recompute_layers=true  or  --set align.frames=last"
+        )
+    return (budget - fixed) // each

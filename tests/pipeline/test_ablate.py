@@ -1,0 +1,451 @@
+"""``pipeline ablate`` against the commands that it stands for: real caches, real runs, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cache_schema.store import FeatureStore
+from pipeline import compose, presets
+from pipeline.ablate import ablate, free_memory
+from pipeline.cli import app
+from pipeline.errors import ConfigError
+from pipeline.ledger import Ledger
+from pipeline.overrides import apply
+from pipeline.runs import RunFolder
+from pipeline.scoring import compare
+from pipeline.variants import make_variants, parse_memory, parse_seeds, parse_vary
+from stages.config import PipelineConfig
+from stages.miniature.world import write_world
+from stages.train import grid
+
+QUIET = {"device": "cpu", "dry_run": False, "progress": lambda *_: None}
+SEEDED = [
+    *("clip.weights=seed:0", "teacher.weights=seed:0", "student.init=seed:0"),
+    *("decode.llm=seed:0", "decode.llm_config=stages/miniature/llm"),
+]
+Configure = Callable[..., PipelineConfig]
+MINIATURE = presets.miniature()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, videos=18, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(world: Path) -> list[str]:
+    """A student of four blocks, so levels 1 to 5; four steps in two epochs; validation after each."""
+    return [
+        *(f"data.videos={world}/videos", f"data.annotations={world}/lvu", "data.task=scene", *SEEDED),
+        *("student.num_layers=4", "student.dropout=0.1", "align.levels=3-5", "train.select=best_val"),
+        *("train.epochs=2", "train.max_samples=8", "train.batch_size=4", "train.micro_batch=3"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def configure(settings: list[str]) -> Configure:
+    return lambda *sets: apply(presets.miniature(), [*settings, *sets])
+
+
+@pytest.fixture(scope="module")
+def cache(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cache") / "features"
+    options = {"workers": 0, "retry_failed": False, "splits": [], **QUIET}
+    assert compose.extract(configure(), which="both", cache=path, **options)["failed"] == 0
+    return path
+
+
+def run(config: PipelineConfig, cache: Path, out: Path, *, memory: int | None = None, **what: Any) -> dict[str, Any]:
+    variants, _ = make_variants(config, **what)
+    return ablate(variants, cache=cache, out=out, memory=memory, **QUIET)
+
+
+def alone(config: PipelineConfig, cache: Path, out: Path) -> dict[str, Any]:
+    """What two commands leave and say."""
+    compose.train(config, cache=cache, out=out, **QUIET)
+    return compose.evaluate(None, cache=cache, out=out, split="test", checkpoint=None, **QUIET)
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Bit for bit, but for times and versions."""
+    assert RunFolder.open(folder).config == RunFolder.open(other).config
+    assert RunFolder.open(folder).metrics() == RunFolder.open(other).metrics()
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == sorted(path.name for path in (other / "checkpoints").iterdir())
+    for name in ("best", "final"):
+        one, two = (RunFolder.open(path).load_checkpoint(name) for path in (folder, other))
+        assert (one.step, one.state) == (two.step, two.state)
+        assert one.tensors.keys() == two.tensors.keys()
+        assert [key for key in one.tensors if not torch.equal(one.tensors[key], two.tensors[key])] == []
+    assert (folder / "predictions.jsonl").read_bytes() == (other / "predictions.jsonl").read_bytes()
+
+
+# ---------------------------------------------------------------- against the runs alone
+
+
+@pytest.fixture(scope="module")
+def grid_of_nine(configure: Configure, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Three λ with two ways to weigh and two seeds; for λ = 0 the ways are one: 5 arms, 10 runs."""
+    out = tmp_path_factory.mktemp("ablation") / "out"
+    vary = ["train.lambda_kd=0,1,5", "align.weights=adaptive,uniform"]
+    return out, run(configure(), cache, out, vary=vary, seeds="0,3")
+
+
+@pytest.mark.parametrize(
+    ("name", "sets"),
+    [
+        ("lambda_kd=0_weights=adaptive_seed=0", ["train.lambda_kd=0", "train.seed=0"]),
+        ("lambda_kd=5_weights=adaptive_seed=0", ["train.lambda_kd=5", "train.seed=0"]),
+        ("lambda_kd=1_weights=uniform_seed=3", ["align.weights=uniform", "train.seed=3"]),
+    ],
+)
+def test_a_variant_leaves_the_run_folder_that_two_commands_would_have_left(
+    grid_of_nine: tuple[Path, Any], configure: Configure, cache: Path, tmp_path: Path, name: str, sets: list[str]
+) -> None:
+    out, result = grid_of_nine
+    scored = alone(configure(*sets), cache, tmp_path / "solo")
+    assert_same_run(out / name, tmp_path / "solo")
+    (row,) = [row for row in result["variants"] if row["variant"] == name]
+    told = (row["k"], row["n"], row["accuracy"], row["interval"], row["by_video"])
+    assert told == (scored["correct"], scored["n"], scored["top1"], scored["interval"], scored["by_video"])
+    assert (row["status"], row["step"], row["steps"]) == ("done", 4, 4)
+
+
+def test_the_table_holds_every_variant_and_every_arm_over_its_seeds(grid_of_nine: tuple[Path, Any]) -> None:
+    out, result = grid_of_nine
+    assert result["done"] == len(result["variants"]) == 10
+    assert len(result["arms"]) == 5
+    assert (result["rounds"], result["llm_loads"]) == (2, 1)  # one pass a seed
+    kept = json.loads((out / "ablation.json").read_text())
+    assert kept["variants"] == result["variants"]
+    for arm, part in kept["arms"].items():
+        rows = [row for row in kept["variants"] if row["arm"] == arm]
+        assert part["seeds"] == [0, 3]
+        assert part["per_seed"] == [row["accuracy"] for row in rows]
+        assert part["accuracy"] == pytest.approx(np.mean(part["per_seed"]))
+        assert (part["k"], part["n"]) == (sum(row["k"] for row in rows), sum(row["n"] for row in rows))
+        assert part["interval"][0] <= part["accuracy"] <= part["interval"][1]
+        assert part["seed_sd"] == pytest.approx(np.std(part["per_seed"], ddof=1))
+
+
+def test_the_other_commands_read_what_it_leaves(grid_of_nine: tuple[Path, Any]) -> None:
+    out, result = grid_of_nine
+    told = compare(sorted(path for path in out.iterdir() if path.is_dir()), split="test")
+    assert len(told["variants"]) == 5
+    assert all(sorted(variant["seeds"]) == [0, 3] for variant in told["variants"])
+    assert sorted(v["top1"] for v in told["variants"]) == pytest.approx(
+        sorted(part["accuracy"] for part in result["arms"].values())
+    )
+
+
+def test_a_second_start_does_nothing_and_says_so(
+    grid_of_nine: tuple[Path, Any], settings: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = grid_of_nine
+    before = (out / "ablation.json").read_text()
+    monkeypatch.setattr(compose, "build_decoder", lambda *_: pytest.fail("loads the language model"))
+    words = [
+        "ablate",
+        *options(settings),
+        "--cache",
+        str(cache),
+        "--out",
+        str(out),
+        "--seeds",
+        "0,3",
+        "--device",
+        "cpu",
+    ]
+    vary = ["--vary", "train.lambda_kd=0,1,5", "--vary", "align.weights=adaptive,uniform"]
+    done = CliRunner().invoke(app, [*words, *vary], env={"COLUMNS": "120"})
+    assert done.exit_code == 0, done.output
+    assert "10 of 10 variants were done before; nothing to do" in done.stdout
+    assert "left out: lambda_kd=0_weights=uniform_seed=0" in done.stderr
+    assert (out / "ablation.json").read_text() == before
+    shown = CliRunner().invoke(app, ["ablate-status", str(out)], env={"COLUMNS": "120"})
+    assert len(re.findall(r"^ +lambda_kd=", shown.stdout, re.MULTILINE)) == 5
+
+
+def test_more_seeds_are_added_to_what_is_there(configure: Configure, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(configure(), cache, out, vary=["train.lambda_kd=0,1"], seeds="0")
+    first = Ledger.open(out).rows
+    result = run(configure(), cache, out, vary=["train.lambda_kd=1"], seeds="0-1")
+    assert result["done_before"] == 1
+    assert [row["variant"] for row in result["variants"]] == [*first, "lambda_kd=1_seed=1"]
+    assert result["arms"]["lambda_kd=1"]["seeds"] == [0, 1]
+    with pytest.raises(ConfigError, match=r"train.lr: 0.001 there, 0.1 now"):
+        run(configure("train.lr=0.1"), cache, out, vary=["train.lambda_kd=1"], seeds="2,0")
+    assert not (out / "lambda_kd=1_seed=2" / "checkpoints" / "latest.json").exists()
+
+
+def test_val_and_test_are_read_once_for_all_students_and_training_batches_too(
+    configure: Configure, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    original = FeatureStore.read
+
+    def counted(self: FeatureStore, video: str, *args: Any, **options: Any) -> Any:
+        reads.append(f"{self.modality} {video}")
+        return original(self, video, *args, **options)
+
+    monkeypatch.setattr(FeatureStore, "read", counted)
+    counts = []
+    for lambdas in ("1", "1,2,3"):
+        reads.clear()
+        run(configure(), cache, tmp_path / lambdas, vary=[f"train.lambda_kd={lambdas}"], seeds="0")
+        counts.append(len(reads))
+    # Sizing a student before the start takes one micro-batch, whatever their number.
+    assert counts[0] == counts[1]
+
+
+def test_memory_cuts_a_pass_into_rounds_and_changes_no_number(
+    configure: Configure, cache: Path, tmp_path: Path
+) -> None:
+    whole = run(configure(), cache, tmp_path / "whole", vary=["train.lambda_kd=1,2,3"], seeds="0")
+    memory = whole["memory"]
+    room = (memory["per_step"] + int(2.5 * memory["per_student"])) * 4 // 3 + 4
+    cut = run(configure(), cache, tmp_path / "cut", vary=["train.lambda_kd=1,2,3"], seeds="0", memory=room)
+    assert (whole["rounds"], cut["rounds"], cut["llm_loads"]) == (1, 2, 1)
+    tight = run(configure(), cache, tmp_path / "tight", vary=["train.lambda_kd=1,2"], seeds="0", memory=1000)
+    assert tight["rounds"] == 2
+    for name in ("lambda_kd=1_seed=0", "lambda_kd=2_seed=0"):
+        assert_same_run(tmp_path / "whole" / name, tmp_path / "cut" / name)
+        assert_same_run(tmp_path / "whole" / name, tmp_path / "tight" / name)
+
+
+def test_the_plan_knows_what_a_student_holds(configure: Configure, cache: Path, tmp_path: Path) -> None:
+    """Weights and two moments, as a finished run has them on disk."""
+    result = run(configure(), cache, tmp_path / "out", vary=["train.lambda_kd=1"])
+    saved = RunFolder.open(tmp_path / "out" / "lambda_kd=1_seed=42").load_checkpoint("final").tensors
+    steps = sum(tensor.nbytes for name, tensor in saved.items() if name.startswith("optimizer.step."))
+    # A parameter that the loss does not reach (the last block's feed-forward of the text) gets no moments.
+    assert 0 <= result["memory"]["per_student"] - (sum(t.nbytes for t in saved.values()) - steps) < 0.1 * steps * 1e4
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_a_variant_that_diverges_is_dropped_with_its_reason_and_stays_dropped(
+    configure: Configure, cache: Path, tmp_path: Path
+) -> None:
+    vary = {"vary": ["train.lr=1e-3,1e30"], "seeds": "0"}
+    config = configure("train.warmup_steps=0")
+    result = run(config, cache, tmp_path / "out", **vary)
+    good, bad = result["variants"]
+    assert (good["status"], bad["status"], bad["kind"], bad["step"]) == ("done", "dropped", "diverged", 1)
+    assert "lower train.lr" in bad["reason"]
+    assert list(result["arms"]) == ["lr=1e-3"]
+    alone(apply(config, ["train.lr=1e-3", "train.seed=0"]), cache, tmp_path / "solo")
+    assert_same_run(tmp_path / "out" / "lr=1e-3_seed=0", tmp_path / "solo")
+    again = run(config, cache, tmp_path / "out", **vary)
+    assert (again["done_before"], again["dropped"], again["llm_loads"]) == (2, 1, 0)
+
+
+def test_a_variant_that_is_too_large_is_dropped_and_tried_again_by_the_next_start(
+    configure: Configure, cache: Path, tmp_path: Path
+) -> None:
+    """A real failed allocation: a feed-forward layer of 2^46 weights."""
+    vary = {"vary": ["student.intermediate_size=128,1099511627776"], "seeds": "0"}
+    result = run(configure(), cache, tmp_path / "out", **vary)
+    good, bad = result["variants"]
+    assert (good["status"], bad["status"], bad["kind"]) == ("done", "dropped", "memory")
+    assert "out of memory" in bad["reason"]
+    again = run(configure(), cache, tmp_path / "out", **vary)
+    assert (again["done_before"], again["dropped"]) == (1, 1)
+
+
+def test_dropped_variants_exit_with_3_and_are_named(settings: list[str], cache: Path, tmp_path: Path) -> None:
+    words = ["ablate", *options([*settings, "train.warmup_steps=0"]), "--cache", str(cache), "--device", "cpu"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out"), "--vary", "train.lr=1e30"])
+    assert done.exit_code == 3, done.output
+    assert "dropped: lr=1e30_seed=42: loss became" in done.stdout
+
+
+def test_a_wrong_cache_or_a_folder_of_somebody_else_is_refused_before_anything_is_trained(
+    configure: Configure, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"holds other files \(thesis.tex\)"):
+        run(configure(), cache, tmp_path / "mine", vary=["train.lambda_kd=0,1"])
+    with pytest.raises(Exception, match="was made with other settings"):
+        run(configure(), cache, tmp_path / "out", vary=["clip.layer=5,4"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="holds no ablation"):
+        Ledger.open(tmp_path)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_ablation_goes_on_and_ends_bit_for_bit_the_same(
+    settings: list[str], configure: Configure, cache: Path, tmp_path: Path, signal_number: int
+) -> None:
+    out, sets = tmp_path / "out", [*settings, "train.max_steps=40", "train.epochs=100", "train.save_every=1"]
+    words = [*options(sets), "--cache", str(cache), "--out", str(out), "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "pipeline.cli", "ablate", *words, "--vary", "train.lambda_kd=0,1"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    marker = out / "lambda_kd=1_seed=42" / "checkpoints" / "latest.json"
+    wait_for(lambda: marker.exists() and step_of(marker) >= 3, child)
+    status = CliRunner().invoke(app, ["ablate-status", str(out), "--json"])
+    child.send_signal(signal_number)
+    child.communicate()
+    assert child.returncode == (75 if signal_number == signal.SIGTERM else -signal.SIGKILL)
+    rows = json.loads(status.stdout)["variants"]
+    assert [(row["status"], row["steps"]) for row in rows] == [("waiting", 40)] * 2
+    assert all(3 - 1 <= row["step"] < 40 for row in rows)
+    config = apply(configure(), sets)
+    result = run(config, cache, out, vary=["train.lambda_kd=0,1"])
+    assert result["done"] == 2
+    alone(apply(config, ["train.lambda_kd=1"]), cache, tmp_path / "solo")
+    assert_same_run(out / "lambda_kd=1_seed=42", tmp_path / "solo")
+
+
+def options(sets: Sequence[str]) -> list[str]:
+    return [word for item in sets for word in ("--set", item)]
+
+
+def step_of(marker: Path) -> int:
+    return int(json.loads(marker.read_text())["step"])
+
+
+def wait_for(condition: Callable[[], bool], child: subprocess.Popen[str], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert child.poll() is None, "the child ended"
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------- the paper's studies
+
+
+def test_the_matched_arm_weighs_as_much_as_the_adaptive_one_did(
+    configure: Configure, cache: Path, tmp_path: Path
+) -> None:
+    result = run(configure(), cache, tmp_path, study="weights", seeds="0,1")
+    assert [part["seeds"] for part in result["arms"].values()] == [[0, 1]] * 3
+    for seed in (0, 1):
+        metrics = RunFolder.open(tmp_path / f"weights=adaptive_seed={seed}").metrics()
+        total = np.mean([sum(value for key, value in r.items() if key.startswith("w/")) for r in metrics])
+        matched = RunFolder.open(tmp_path / f"weights=matched_seed={seed}").config.align
+        assert matched.weights == "uniform"
+        assert matched.uniform_weight * len(matched.levels) == pytest.approx(total, abs=1e-5)
+    average = RunFolder.open(tmp_path / "weights=average_seed=0").config.align
+    assert average.uniform_weight == pytest.approx(1 / 3, rel=1e-5)
+    assert run(configure(), cache, tmp_path, study="weights", seeds="0,1")["done_before"] == 6
+
+
+def test_studies_vary_what_the_paper_varies() -> None:
+    lambdas = make_variants(MINIATURE, study="lambda", seeds="0-4")[0]
+    assert [v.config.train.lambda_kd for v in lambdas if v.seed == 0] == [0, 0.1, 0.5, 1, 2, 5, 10]
+    levels = make_variants(MINIATURE, study="levels")[0]
+    expected = [tuple(range(1, 14)), (13,), tuple(range(1, 8)), tuple(range(8, 14))]
+    assert [v.config.align.levels for v in levels] == expected
+    assert len(lambdas) == 35
+    weights = make_variants(presets.get("lvu-relationship"), study="weights")[0]
+    assert [(v.config.align.weights, v.needs) for v in weights] == [
+        ("adaptive", None),
+        ("uniform", "weights=adaptive_seed=42"),
+        ("uniform", None),
+    ]
+
+
+# ---------------------------------------------------------------- what is typed
+
+
+def test_a_grid_is_all_with_all_and_zip_pairs_one_by_one() -> None:
+    vary = ["train.lambda_kd=1,2", "align.levels=all,[1,5]"]
+    names = [v.name for v in make_variants(MINIATURE, vary=vary, seeds="0,7")[0]]
+    assert names == [f"lambda_kd={x}_levels={y}_seed={s}" for x in "12" for y in ("all", "1,5") for s in (0, 7)]
+    zipped = make_variants(MINIATURE, vary=vary, zipped=True)[0]
+    assert [(v.config.train.lambda_kd, v.config.align.levels) for v in zipped] == [
+        (1, tuple(range(1, 14))),
+        (2, (1, 5)),
+    ]
+
+
+def test_a_name_is_a_folder_whatever_the_value() -> None:
+    vary = ["student.init=seed:0,../../etc/passwd,../..-etc/passwd", "clip.weights=a b", "teacher.weights=x"]
+    variants, _ = make_variants(MINIATURE, vary=vary)
+    names = [v.name for v in variants]
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"[A-Za-z0-9_.,=+-]+", name) and ".." not in name for name in names)
+    assert "clip.weights=a-b" in names[0]
+
+
+def test_what_lambda_zero_cannot_feel_is_trained_once() -> None:
+    variants, notes = make_variants(MINIATURE, vary=["train.lambda_kd=0,1", "align.levels=13,8-13,all"])
+    assert [v.arm for v in variants if v.config.train.lambda_kd == 0] == ["lambda_kd=0_levels=13"]
+    assert len(variants) == 4
+    assert "lambda_kd=0_levels=8-13_seed=42" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "say what varies"),
+        ({"vary": ["train.lr=1"], "study": "lambda"}, "one of the two"),
+        ({"study": "lamda"}, "known: lambda, levels, weights"),
+        ({"vary": ["train.lr"]}, "expected key=value,value"),
+        ({"vary": ["train.lr="]}, "expected key=value,value"),
+        ({"vary": ["train.lrr=1"]}, "did you mean train.lr"),
+        ({"vary": ["train.lr=1,fast"]}, "lr=fast: train.lr: expected a number > 0, got 'fast'"),
+        ({"vary": ["align.levels=14"]}, "align.levels: 14 is above 13"),
+        ({"vary": ["train.seed=1,2"]}, "--seeds 0-4"),
+        ({"vary": ["train.lr=1,1"]}, "twice"),
+        ({"vary": ["align.levels=13,13-13"]}, "are the same run"),
+        ({"vary": ["train.lr=1", "train.lr=2"]}, "names train.lr twice"),
+        ({"vary": ["train.lr=1,2", "train.lambda_kd=1"], "zipped": True}, "train.lr has 2, train.lambda_kd has 1"),
+        ({"vary": ["train.lr=1"], "seeds": "4-0"}, "expected numbers and ranges"),
+        ({"vary": ["train.lr=1"], "seeds": "1,0-2"}, "names a seed twice"),
+    ],
+)
+def test_wrong_words_are_answered_with_the_right_ones(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make_variants(MINIATURE, **options)
+
+
+def test_values_seeds_and_sizes_as_they_are_typed() -> None:
+    assert parse_vary('a.b=1, [1,2],"x,y",') == ("a.b", ("1", "[1,2]", '"x,y"'))
+    assert parse_seeds("0-2,7") == (0, 1, 2, 7)
+    sizes = {"8GB": 8_000_000_000, "1.5 MB": 1_500_000, "2GiB": 2 << 30, "100": 100, "3k": 3000}
+    assert {text: parse_memory(text) for text in sizes} == sizes
+    for wrong in ("lots", "0GB", "-1GB", "8XB"):
+        with pytest.raises(ConfigError, match="such as 8GB"):
+            parse_memory(wrong)
+    assert 1 << 20 < free_memory("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_rounds_are_as_full_as_memory_allows() -> None:
+    assert grid.plan_rounds([3, 3, 3, 3, 3], step=4, limit=10) == [[0, 1], [2, 3], [4]]
+    assert grid.plan_rounds([3, 9, 1, 1], step=4, limit=10) == [[0], [1], [2, 3]]
+    assert grid.plan_rounds([], step=4, limit=10) == []
+
+
+def test_a_dry_run_counts_without_a_cache_and_makes_nothing(settings: list[str], tmp_path: Path) -> None:
+    words = ["ablate", *options(settings), "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    vary = ["--vary", "train.lambda_kd=0,1,2,3", "--seeds", "0-1", "--dry-run"]
+    result = json.loads(CliRunner().invoke(app, [*words, *vary, "--json"]).stdout)
+    assert (result["variants"], result["passes"], result["students_in_a_pass"]) == (8, 2, 4)
+    assert result["steps"] == 8 * 4
+    alone = result["bytes_read_one_by_one"] / result["bytes_read_in_training"]
+    assert 3.9 < alone <= 4  # the run without a teacher reads a little less
+    assert result["bytes_of_students_in_a_pass"] > 4 * 100_000
+    assert "Variants: lambda_kd=0_seed=0, " in CliRunner().invoke(app, [*words, *vary]).stdout
+    assert not list(tmp_path.iterdir())

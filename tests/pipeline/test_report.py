@@ -1,0 +1,499 @@
+"""One page from runs: its numbers, what it does with what is missing or hostile, and how a real browser sees it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from pipeline import presets
+from pipeline.cli import app
+from pipeline.errors import ConfigError
+from pipeline.overrides import apply
+from pipeline.report import answer, cost, paper, videos
+from pipeline.report.build import report
+from pipeline.report.read import label_of, read_studies
+from pipeline.runs import RunFolder
+from stages.config import DataConfig, PipelineConfig
+from stages.data.frames import open_source
+from stages.decode.evaluate import line_of
+from stages.decode.metrics import Prediction
+from stages.decode.statistics import share_interval
+from tests.conftest import PROJECT
+
+TRUTHS = ("northwest", "northeast", "southwest", "southeast")
+HOSTILE = "<script>document.title='owned'</script> {{7*7}} =cmd() $\\frac{1}{ \x1b[31mred\x1b[0m \u202egnp"
+Run = Callable[..., Path]
+
+
+class Page(HTMLParser):
+    """Elements, attributes and texts of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self.quiet = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.quiet = tag == "style"
+
+    def handle_endtag(self, _tag: str) -> None:
+        self.quiet = False
+
+    def handle_data(self, data: str) -> None:
+        if not self.quiet:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def make(paths: Path | Sequence[Path], out: Path, shown: int = 3) -> Page:
+    roots = [paths] if isinstance(paths, Path) else list(paths)
+    report(roots, out=out, shown=shown, progress=lambda *_: None)
+    return Page(out.read_text())
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Run:
+    """A run folder in the real formats: eight questions about four videos, right where ``right`` says so."""
+
+    def make(
+        name: str,
+        *sets: str,
+        right: Sequence[int] | None = (0, 1, 2, 3, 4, 5, 6, 7),
+        config: PipelineConfig | None = None,
+        truths: Sequence[str] = TRUTHS,
+        prompt: str = "what is the spot of the movie?",
+        records: Sequence[Mapping[str, Any]] = (),
+    ) -> Path:
+        data = [f"data.annotations={tmp_path}/none", f"data.videos={tmp_path}/none"]
+        run = RunFolder.create(tmp_path / name, apply(config or presets.miniature(), [*data, *sets]))
+        for record in records:
+            run.log(record)
+        if right is not None:
+            run.predictions.write_bytes(
+                b"".join(
+                    line_of(
+                        Prediction(
+                            f"s{i}",
+                            f"v{i // 2}",
+                            "spot",
+                            prompt,
+                            truths[i % 4],
+                            (truths[i % 4] if i in right else "no label",),
+                        )
+                    )
+                    for i in range(8)
+                )
+            )
+        return run.path
+
+    return make
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_the_scores_on_the_page_are_those_of_the_answers(make_run: Run, tmp_path: Path) -> None:
+    make_run("runs/a", "train.lambda_kd=0", "train.seed=1", right=(0, 1, 2))
+    make_run("runs/b", "train.lambda_kd=0", "train.seed=2", right=(0,))
+    make_run("runs/c", "train.lambda_kd=1", "train.seed=1", right=(0, 1, 2, 3, 4))
+    (study,) = read_studies([tmp_path / "runs"])
+    result = answer.result_of(study)
+    assert [(v.label, len(v.runs)) for v in study.variants] == [("λ = 0 (MA-LMM)", 2), ("λ = 1", 1)]
+    base, kd = (result.scores[v.key] for v in study.variants)
+    assert (base.n, base.correct, base.top1, base.per_seed) == (8, 2.0, 0.25, (3 / 8, 1 / 8))
+    assert (kd.correct, kd.top1) == (5.0, 5 / 8)
+    assert base.recalls["northwest"] == (0.5, 2)  # s0 by both seeds, s4 by none
+    means = np.array([1, 0.5, 0.5, 0, 0, 0, 0, 0])
+    assert base.interval == share_interval(means, ["v0", "v0", "v1", "v1", "v2", "v2", "v3", "v3"])
+    page = make(tmp_path / "runs", tmp_path / "page.html")
+    assert "Does learning from the diffusion teacher make more answers right?" in page.text
+    assert "+37.5 points" in page.text
+    assert "No difference is shown." in page.text  # four videos cannot show one
+    assert "With 1" not in page.text
+    assert "8 questions about 4 test videos, 1 to 2 seeds per variant" in page.text
+
+
+def test_one_run_alone_is_no_comparison(make_run: Run, tmp_path: Path) -> None:
+    page = make(make_run("a", right=(0, 1)), tmp_path / "page.html")
+    assert "How many of the test questions does this student answer?" in page.text
+    assert "25.0 % of 8." in page.text
+    assert "p (Holm)" not in page.text
+
+
+def test_settings_without_effect_do_not_make_two_variants(make_run: Run, tmp_path: Path) -> None:
+    make_run("runs/a", "train.lambda_kd=0", "align.levels=13")
+    make_run("runs/b", "train.lambda_kd=0", "align.levels=all", "train.seed=7")
+    make_run("runs/c", "align.levels=all")
+    (study,) = read_studies([tmp_path / "runs"])
+    assert [len(v.runs) for v in study.variants] == [2, 1]
+    assert study.differing == ["train.lambda_kd"]
+
+
+def test_an_ablation_says_itself_which_runs_differ_in_their_seed_only(make_run: Run, tmp_path: Path) -> None:
+    for seed, weight in ((0, 0.9), (1, 0.8)):
+        sets = ("align.weights=uniform", f"align.uniform_weight={weight}", f"train.seed={seed}")
+        make_run(f"out/weights=matched_seed={seed}", *sets)
+    assert len(read_studies([tmp_path / "out"])[0].variants) == 2
+    arms = [{"name": f"weights=matched_seed={s}", "arm": "weights=matched"} for s in (0, 1)]
+    (tmp_path / "out" / "ablation.json").write_text(json.dumps({"variants": arms}))
+    (study,) = read_studies([tmp_path / "out"])
+    assert [len(v.runs) for v in study.variants] == [2]
+
+
+def test_labels_name_what_differs() -> None:
+    settings = {"train.lambda_kd": 0.5, "align.levels": [8, 9, 10], "train.lr": 0.001}
+    assert label_of(settings, ["train.lambda_kd", "align.levels"]) == "λ = 0.5, levels 8–10"
+    assert label_of({"train.lambda_kd": 0.0}, ["train.lambda_kd"]) == "λ = 0 (MA-LMM)"
+    assert label_of({**settings, "align.levels": [1, 5]}, ["align.levels"]) == "levels 1, 5"
+
+
+def test_without_the_cache_every_frame_is_encoded_at_every_step(make_run: Run, tmp_path: Path) -> None:
+    """Two runs of 10 steps of 16 samples of 9 frames: 320 samples; 100 distinct frames; counts by hand."""
+    counted = {"training_sample": 50.0, "encoder_frame": 3.0, "teacher_frame": 7.0}
+    levels = {"constant": None, "cosine": {}, "cka": [], "similarity": None, "cka_teacher": []}
+    seen = {"operations": counted, "levels": levels, "per_frame": {}, "starts": None, "per_sample": {}}
+    for name, value in (("a", 0), ("b", 1)):
+        folder = make_run(f"runs/{name}", f"train.lambda_kd={value}", records=[{"step": 10, "loss_ce": 1.0}])
+        (folder / "diagnostics.json").write_text(json.dumps(seen))
+    (study,) = read_studies([tmp_path / "runs"])
+    found = cost.cost_of(study, distinct_frames=100)
+    assert found.training == 2 * 160 * 50
+    assert found.encoding_each_time == 160 * 9 * (3 + 10)  # the run without a teacher needs no teacher frames
+    assert found.encoding_once == 100 * 10
+    assert found.ratio == pytest.approx((16000 + 18720) / (16000 + 1000))
+    assert cost.cost_of(study, distinct_frames=None).ratio is None
+
+
+def test_the_alarm_is_on_the_page(make_run: Run, tmp_path: Path) -> None:
+    weights = [{f"w/{u}": 0.5 + step / 10 for u in range(8, 14)} for step in range(1, 6)]
+    cosines = {f"kd/{u}": -0.9 for u in range(8, 14)}
+    records = [{"step": i + 1, "loss_ce": 2.0} | w | cosines for i, w in enumerate(weights)]
+    page = make(make_run("a", records=records), tmp_path / "page.html")
+    assert "all 6 level weights are saturated from step 5 on" in page.text
+    calm = make(make_run("b", "align.weights=uniform", records=records), tmp_path / "calm.html")
+    assert "Alarm" not in calm.text  # constant weights are a setting
+
+
+# ---------------------------------------------------------------- the paper
+
+
+def test_the_papers_numbers_are_the_papers(shared_data: Path) -> None:
+    text = (shared_data.parent / "paper" / "diff-lmm.md").read_text()
+    lines = [line.replace("<u>", "").replace("</u>", "").split("\t") for line in text.splitlines()]
+    rows = [(cells[0], [cell for cell in cells[1:] if cell]) for cells in lines]
+
+    def printed(name: str, count: int) -> list[float]:
+        """The first row of a table with ``count`` numbers whose name begins so."""
+        return next([float(v) for v in row[:7]] for start, row in rows if start.startswith(name) and len(row) == count)
+
+    assert printed("MA-LMM", 8) == list(paper.TABLE_1_MALMM)
+    assert printed("Diff-LMM (Ours)", 8) == list(paper.TABLE_1_DIFFLMM)
+    assert printed("MA-LMM", 2) == [base for _, base, _ in paper.TABLE_2.values()]
+    assert printed("Diff-LMM (Ours)", 2) == [diff for _, _, diff in paper.TABLE_2.values()]
+    assert [*printed("MA-LMM", 1), *printed("Diff-LMM (Ours)", 1)] == list(paper.TABLE_3)
+    assert printed("Top-1 Acc.", 2) == list(paper.TABLE_4.values())
+    assert "15.3%" in text
+
+
+@pytest.mark.parametrize(
+    ("base", "diff", "n"), list(zip(paper.TABLE_1_MALMM, paper.TABLE_1_DIFFLMM, paper.WINDOWS, strict=True))
+)
+def test_every_figure_of_table_1_is_a_whole_number_of_windows(base: float, diff: float, n: int) -> None:
+    for value in (base, diff):
+        assert any(abs(100 * k / n - value) < 0.051 for k in range(n + 1)), (value, n)
+
+
+def test_only_runs_on_lvu_stand_in_the_columns_of_lvu(make_run: Run, tmp_path: Path) -> None:
+    lvu = presets.get("lvu-relationship")
+    truths = ("friend", "husband wife", "friend", "friend")
+    make_run("runs/lvu", config=lvu, right=(0, 1, 2), truths=truths)
+    make_run("runs/world", "data.task=relationship", right=(0,))
+    studies = read_studies([tmp_path / "runs"])
+    results = [answer.result_of(study) for study in studies]
+
+    def scores(variant: Any) -> Any:
+        return next((r.of(variant) for r in results if variant in r.study.variants), None)
+
+    one, two, three, *_ = paper.tables(studies, scores)
+    cells = dict(one.rows)["Relationship (n\u00a0=\u00a091)"]
+    assert [cell.text for cell in cells] == ["58.2", "69.2", "not run", "37.5", "not run", "12.5"]
+    assert cells[3].kind == "ours"
+    assert cells[3].note.startswith("3 of 8")
+    wives = dict(two.rows)["Husband & wife"]
+    assert (wives[3].text, wives[3].note) == ("50.0", "1 of 2")
+    assert [cell.text for cell in three.rows[0][1]] == ["60.6", "60.8", "not run", "not run"]
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def test_a_run_that_has_only_begun_gives_a_page_with_the_next_commands(make_run: Run, tmp_path: Path) -> None:
+    folder = make_run("new", right=None)
+    page = make(folder, tmp_path / "page.html")
+    assert "Not answered yet." in page.text
+    for command in ("train-student --out", "evaluate --run", "diagnose --run"):
+        assert f"pipeline {command} {folder}" in page.text
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(make_run: Run, tmp_path: Path) -> None:
+    good, bad = make_run("runs/a", "train.seed=1"), make_run("runs/b", "train.seed=2")
+    (bad / "predictions.jsonl").write_text("{not json}\n")
+    (bad / "diagnostics.json").write_text("[1, 2")
+    (good / "metrics.jsonl").write_text("}\n")
+    page = make(tmp_path / "runs", tmp_path / "page.html")
+    assert "answers (damaged:" in page.text
+    assert "diagnostics of the finished student (damaged:" in page.text
+    assert "a training log (damaged:" in page.text
+    assert "100.0 % of 8." in page.text
+
+
+def test_without_videos_the_questions_are_shown_without_pictures(make_run: Run, tmp_path: Path) -> None:
+    page = make(make_run("a"), tmp_path / "page.html")
+    assert "img" not in page.tags
+    assert page.text.count("No pictures:") == 3
+    assert "ground truth" in page.text
+
+
+def test_no_run_is_an_error_with_a_command(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError, match="pipeline train-student"):
+            report([path], out=None, shown=1, progress=lambda *_: None)
+
+
+def test_links_out_of_the_folder_are_not_followed(make_run: Run, tmp_path: Path) -> None:
+    make_run("runs/inside")
+    secret = make_run("elsewhere/secret", prompt="what is the secret?")
+    (tmp_path / "runs" / "link").symlink_to(secret)
+    assert "secret" not in make(tmp_path / "runs", tmp_path / "page.html").text
+
+
+# ---------------------------------------------------------------- strangers' texts
+
+
+@pytest.fixture
+def hostile(make_run: Run, tmp_path: Path) -> Path:
+    """Two runs whose every free text is an attack: question, labels, a setting that names a variant, a folder."""
+    truths = tuple(f"{HOSTILE} {i}" for i in range(4))
+    for name, right in (("runs/plain", (0, 1)), ("runs/<img src=x onerror=alert(1)>", (0, 2, 3))):
+        template = "{prompt}" if "plain" in name else f"{HOSTILE}{{prompt}}"
+        config = apply(presets.miniature(), [f"decode.prompt_template={json.dumps(template)}"])
+        made = RunFolder.create(tmp_path / name, config)
+        source = make_run("template", right=right, truths=truths, prompt=HOSTILE)
+        shutil.copy(source / "predictions.jsonl", made.predictions)
+        made.log({"step": 1, "loss_ce": 1.0})
+    return tmp_path / "runs"
+
+
+def test_hostile_texts_are_texts(hostile: Path, tmp_path: Path) -> None:
+    page = make(hostile, tmp_path / "page.html")
+    raw = (tmp_path / "page.html").read_text()
+    assert "script" not in page.tags
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert "<script>document.title='owned'</script> {{7*7}} =cmd()" in page.text
+    assert "<img src=x onerror=alert(1)>" in page.text
+    assert not {"\x1b", "\u202e"} & set(raw)
+
+
+def test_the_page_needs_nothing_from_elsewhere(hostile: Path, tmp_path: Path) -> None:
+    page = make(hostile, tmp_path / "page.html")
+    loading = ("src", "href", "xlink:href", "srcset", "action", "data")
+    links = [value for name, value in page.attributes if name in loading]
+    assert links
+    assert all(link.startswith(("#", "data:")) for link in links), links
+    assert "url(" not in "".join((PROJECT / "pipeline/report/templates/style.css").read_text().split())
+    policy = next(value for name, value in page.attributes if name == "content" and "default-src" in value)
+    assert policy.startswith("default-src 'none'")
+    assert "script-src" not in policy
+
+
+def test_the_same_runs_give_the_same_bytes(hostile: Path, tmp_path: Path) -> None:
+    make(hostile, tmp_path / "page.html")
+    command = [sys.executable, "-m", "pipeline.cli", "report", str(hostile), "--videos", "3"]
+    command += ["--out", str(tmp_path / "again.html")]
+    environment = {**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": str(PROJECT)}
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=tmp_path)
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "page.html").read_bytes()
+
+
+def chromium() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("no Chromium is installed")
+
+
+@pytest.fixture
+def listener() -> Iterator[tuple[str, list[str]]]:
+    """A real server that a page could talk to, and what it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def browse(page: Path, home: Path) -> tuple[Page, list[str]]:
+    """What a real browser makes of the page: its elements after loading, and its console."""
+    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update"]
+    command += ["--enable-logging=stderr", "--dump-dom", f"--user-data-dir={home}", "--virtual-time-budget=3000"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=240, check=True)
+    return Page(done.stdout), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_a_browser_shows_it_without_a_complaint_and_asks_nobody(
+    hostile: Path, make_run: Run, tmp_path: Path, listener: tuple[str, list[str]]
+) -> None:
+    address, asked = listener
+    chromium()
+    control = tmp_path / "control.html"
+    control.write_text(f"<title>a</title><script>console.error('seen')</script><img src='{address}/control'>")
+    _, complaints = browse(control, tmp_path / "home")
+    assert any("seen" in line for line in complaints)  # this test would notice a complaint
+    assert "/control" in asked  # and a request
+    asked.clear()
+    bait = f"<img src='{address}/bait'><script>console.error(1)</script>"
+    answers = make_run("bait", prompt=bait, right=(1, 2), truths=tuple(f"{HOSTILE}{i}" for i in range(4)))
+    for folder in hostile.iterdir():
+        shutil.copy(answers / "predictions.jsonl", folder)
+    make(hostile, tmp_path / "page.html")
+    page, complaints = browse(tmp_path / "page.html", tmp_path / "home")
+    assert complaints == []
+    assert asked == []
+    assert "script" not in page.tags
+    assert "svg" in page.tags
+    assert bait in page.text
+    assert "<script>document.title='owned'</script> {{7*7}} =cmd()" in page.text
+
+
+# ---------------------------------------------------------------- a real run
+
+
+SMALL = (
+    *("clip.weights=seed:0", "teacher.weights=seed:0", "decode.llm=seed:0", "decode.llm_config=stages/miniature/llm"),
+    *("student.init=seed:0", "train.max_steps=3", "train.batch_size=3", "train.warmup_steps=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Drawn videos, extracted, trained with and without the teacher, answered and diagnosed: (runs, page)."""
+    from pipeline import compose
+    from pipeline.diagnose import diagnose
+    from stages.miniature.world import write_world
+
+    root = tmp_path_factory.mktemp("real")
+    write_world(root / "world", videos=6, seed=3)
+    quiet: dict[str, Any] = {"device": "cpu", "progress": lambda *_: None}
+    sets = [*SMALL, f"data.videos={root}/world/videos", f"data.annotations={root}/world/lvu"]
+    config = apply(presets.miniature(), sets)
+    cache = root / "features"
+    for which in ("clip", "teacher"):
+        extract = {"workers": 0, "retry_failed": False, "splits": [], "dry_run": False}
+        assert compose.extract(config, which=which, cache=cache, **extract, **quiet)["failed"] == 0  # type: ignore[arg-type]
+    for value in (0, 1):
+        out = root / "runs" / f"lambda-{value}"
+        ours = apply(config, [f"train.lambda_kd={value}"])
+        compose.train(ours, cache=cache, out=out, dry_run=False, **quiet)
+        compose.evaluate(None, cache=cache, out=out, split="test", checkpoint=None, dry_run=False, **quiet)
+        diagnose(out, cache=cache, split="test", samples=8, checkpoint="", **quiet)
+    make(root / "runs", root / "page.html", shown=2)
+    return root / "runs", root / "page.html"
+
+
+def test_a_real_run_fills_every_section(real: tuple[Path, Path]) -> None:
+    page = Page(real[1].read_text())
+    for heading in (
+        *("Results", "Learning", "What the alignment does", "Are the levels alike?", "Single questions", "Cost"),
+        *("What the memory holds, and what is read", "Settings and versions", "Beside the paper"),
+    ):
+        assert heading in page.words, heading
+    assert "Missing here" not in page.text
+    assert "× the operations" in page.text
+    assert page.tags.count("img") == 2 * 9
+    (study,) = read_studies([real[0]])
+    modalities = {name for run in study.runs for s in run.sessions for name in s.get("features", {})}
+    assert modalities == {"tokens", "pooled/layer8"}
+
+
+def test_diagnostics_of_a_real_run_agree_with_each_other(real: tuple[Path, Path]) -> None:
+    base, kd = (json.loads((real[0] / name / "diagnostics.json").read_text()) for name in ("lambda-0", "lambda-1"))
+    assert base["levels"]["cosine"] == {}
+    assert len(base["levels"]["cka_teacher"]) == 13  # the cache has targets, so the comparison is made
+    assert list(kd["levels"]["cosine"]) == [str(u) for u in range(8, 14)]
+    assert kd["levels"]["cosine"]["13"] == pytest.approx(np.mean(kd["per_frame"]["13"]), abs=1e-3)
+    assert len(kd["levels"]["cka"]) == 13
+    for facts in kd["per_sample"].values():
+        assert sum(facts["attention"]) == pytest.approx(1, abs=2e-3)
+        assert sum(facts["attention_slots"]) == pytest.approx(1, abs=2e-3)
+        slots = np.array(facts["slots"])
+        assert slots.shape == (5, 9)  # a bank of four, and the current frame
+        np.testing.assert_allclose(slots.sum(0), 1, atol=1e-3)
+        assert slots[-1].tolist() == [0] * 8 + [1]
+    assert kd["operations"]["teacher_frame"] > 0
+    assert kd["operations"]["training_sample"] > base["operations"]["training_sample"]
+
+
+def test_the_strip_shows_the_frames_that_the_student_saw(real: tuple[Path, Path]) -> None:
+    config = RunFolder.open(real[0] / "lambda-1").config
+    source = open_source(DataConfig.model_validate(config.data.model_dump()))
+    found = json.loads((real[0] / "lambda-1" / "diagnostics.json").read_text())["per_sample"]
+    key, facts = next(iter(found.items()))
+    index = np.array(facts["frame_index"])
+    frames = np.concatenate(list(source.frames(key.partition("@")[0], np.unique(index), batch_size=4)))
+    strip = list(videos.strip_of(source, key.partition("@")[0], index))
+    source.close()
+    assert [place for place, _ in strip] == list(range(1, 10))
+    for (_, uri), frame in zip(strip, frames, strict=True):
+        picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        wanted = Image.fromarray(frame).resize(picture.size, Image.Resampling.LANCZOS)
+        assert np.abs(np.asarray(picture, dtype=float) - np.asarray(wanted, dtype=float)).mean() < 8
+
+
+def test_the_command_names_the_page_and_what_is_missing(real: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(real[0], tmp_path / "runs")
+    (copy / "lambda-0" / "diagnostics.json").unlink()
+    done = CliRunner().invoke(app, ["report", str(copy), "--videos", "0", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert Path(result["page"]) == copy / "report.html"
+    (lack,) = result["missing"]
+    assert lack["runs"] == ["lambda-0"]
+    assert lack["command"] == f"pipeline diagnose --run {copy / 'lambda-0'}"
