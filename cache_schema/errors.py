@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Self
+
+from cache_schema.objects import ObjectPath, StorePath
 
 
 class CacheError(ValueError):
@@ -73,7 +74,7 @@ class CacheCorrupt(CacheError):
         message: str,
         *,
         help_command: str = "",
-        file: Path | None = None,
+        file: StorePath | None = None,
         kind: str = "corrupt",
         video_id: str | None = None,
         frame_index: int | None = None,
@@ -85,7 +86,7 @@ class CacheCorrupt(CacheError):
     @classmethod
     def of_shard(
         cls,
-        file: Path,
+        file: StorePath,
         what: str,
         *,
         kind: str,
@@ -93,9 +94,9 @@ class CacheCorrupt(CacheError):
         frame_index: int | None = None,
     ) -> CacheCorrupt:
         """A damaged shard file: it is named, and removing it makes its task pending again."""
+        remove = file.remove_command if isinstance(file, ObjectPath) else f"rm -- {shlex.quote(str(file))}"
         return cls(
-            f"{file} {what}.\nRemove that file and extract again; only its own videos are redone:\n"
-            f"  rm -- {shlex.quote(str(file))}",
+            f"{file} {what}.\nRemove that file and extract again; only its own videos are redone:\n  {remove}",
             file=file,
             kind=kind,
             video_id=video_id,

@@ -1,8 +1,11 @@
-"""Durable file operations on one POSIX file system: read with a limit, publish whole files, sweep what a crash left.
+"""Durable file operations: read with a limit, publish whole files, sweep what a crash left.
 
 A file appears under its final name complete or not at all: it is written to a hidden ``.partial`` file on the same
 file system, flushed to disk, linked to its name, and the folder is flushed. The link is the commit; it fails when the
 name exists, so of two writers the first wins.
+
+Where a path is that of an object store, its partial files are local, the condition of the write is the commit, and
+there are no folders and no locks (``cache_schema.objects``).
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cache_schema.errors import CacheCorrupt
+from cache_schema.objects import ObjectPath, StorePath
 
 MAX_METADATA_BYTES = 1 << 20  # zarr.json
 MAX_PLAN_BYTES = 1 << 30  # one generation of a plan: about 100 bytes a video
@@ -30,9 +34,10 @@ _PARTIAL = re.compile(r"^\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d{1,10})\.[0-9a
 _ours: set[Path] = set()  # partial files this process is working on
 
 
-def partial_path(folder: Path, name: str) -> Path:
+def partial_path(folder: StorePath, name: str) -> Path:
     """A fresh hidden name beside the final file: ``.{name}.{host}.{pid}.{random}.partial``. Give it to ``discard``."""
-    path = folder / f".{name}.{HOST}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+    place = folder.scratch() if isinstance(folder, ObjectPath) else folder
+    path = place / f".{name}.{HOST}.{os.getpid()}.{secrets.token_hex(4)}.partial"
     _ours.add(path)
     return path
 
@@ -46,25 +51,42 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> list[Path]:
+def remove(path: StorePath) -> None:
+    """Remove a file or a folder with what is in it, or an object; it is no error when it has gone."""
+    if isinstance(path, ObjectPath):
+        path.delete()
+    else:
+        discard(path)
+
+
+def names_in(folder: StorePath) -> list[str]:
+    """Names of what lies in a folder; none when there is no such folder."""
+    if isinstance(folder, ObjectPath):
+        return [entry.name for entry in folder.iterdir()]
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def sweep(folder: StorePath) -> list[StorePath]:
     """Remove partial files of dead writers of this host from one folder; those of living writers stay.
 
     A file of another host stays as well: whether its writer lives cannot be known from here.
     """
     swept = [path for path, host, dead in partials(folder) if host == HOST and dead]
     for path in swept:
-        discard(path)
+        remove(path)
     return swept
 
 
-def partials(folder: Path) -> list[tuple[Path, str, bool]]:
+def partials(folder: StorePath) -> list[tuple[StorePath, str, bool]]:
     """Partial files in one folder: path, host of the writer, and whether the writer is known to be dead."""
-    found = []
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+    found: list[tuple[StorePath, str, bool]] = []
+    # An upload is named like the local file that goes up.
+    place = folder.scratch() if isinstance(folder, ObjectPath) else folder
+    for name in sorted(names_in(folder)):
         match = _PARTIAL.match(name)
         if match:
             pid, host = int(match["pid"]), match["host"]
-            ours = pid == os.getpid() and folder / name in _ours  # a restarted container gives the same number again
+            ours = pid == os.getpid() and place / name in _ours  # a restarted container gives the same number again
             living = ours or (pid != os.getpid() and alive(pid))
             found.append((folder / name, host, host == HOST and not living))
     return found
@@ -81,8 +103,13 @@ def alive(pid: int) -> bool:
     return True
 
 
-def open_regular(path: Path) -> int:
-    """File descriptor for reading. Raises FileNotFoundError, or CacheCorrupt for anything but a regular file."""
+def open_regular(path: StorePath) -> int:
+    """File descriptor for reading. Raises FileNotFoundError, or CacheCorrupt for anything but a regular file.
+
+    Of an object, all of it is downloaded first.
+    """
+    if isinstance(path, ObjectPath):
+        return path.snapshot()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -95,8 +122,10 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
-def refuse_links(path: Path, store: Path) -> None:
+def refuse_links(path: StorePath, store: StorePath) -> None:
     """Raise CacheCorrupt when a folder between the store and ``path`` is a link: it could lead out of the store."""
+    if isinstance(path, ObjectPath):  # there are no links in an object store
+        return
     for folder in path.parents:
         if folder == store:
             return
@@ -104,16 +133,19 @@ def refuse_links(path: Path, store: Path) -> None:
             raise CacheCorrupt(f"{folder} is a symbolic link; a cache holds its own files", file=folder)
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
+def read_bytes(path: StorePath, limit: int) -> bytes:
     """The whole file. Raises FileNotFoundError, or CacheCorrupt when it is larger than ``limit`` or no regular file."""
-    with os.fdopen(open_regular(path), "rb") as file:
-        data = file.read(limit + 1)
+    if isinstance(path, ObjectPath):
+        data = path.read_bytes(limit)
+    else:
+        with os.fdopen(open_regular(path), "rb") as file:
+            data = file.read(limit + 1)
     if len(data) > limit:
         raise CacheCorrupt(f"{path} is larger than {limit} bytes", file=path)
     return data
 
 
-def read_json(path: Path, limit: int) -> dict[str, object]:
+def read_json(path: StorePath, limit: int) -> dict[str, object]:
     """The JSON object in a file. Raises FileNotFoundError, or CacheCorrupt."""
     try:
         return parse_json(read_bytes(path, limit))
@@ -197,11 +229,13 @@ def pwrite(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def publish(partial: Path, final: Path) -> bool:
+def publish(partial: Path, final: StorePath) -> bool:
     """Give a finished, flushed partial file its name unless the name is taken. True when this call did it.
 
     Where the file system has no hard links, the check and the rename are made under a lock of the folder.
     """
+    if isinstance(final, ObjectPath):
+        return _upload(partial, final, "")
     make_folder(final.parent)
     try:
         try:
@@ -222,33 +256,77 @@ def publish(partial: Path, final: Path) -> bool:
         discard(partial)
 
 
-def publish_bytes(final: Path, data: bytes) -> bool:
+def _upload(partial: Path, final: ObjectPath, replaced: str) -> bool:
+    from cache_schema import copies
+
+    try:
+        e_tag = final.exchange(partial, replaced) if replaced else final.create(partial)
+        if e_tag is not None:
+            copies.adopt(partial, final.pinned(e_tag))
+        return e_tag is not None
+    finally:
+        discard(partial)
+
+
+def publish_bytes(final: StorePath, data: bytes) -> bool:
     """Publish a small file; first writer wins. True when this call did it."""
+    if isinstance(final, ObjectPath):
+        return final.create(data) is not None
     make_folder(final.parent)
     partial = partial_path(final.parent, final.name)
     write_partial(partial, data)
     return publish(partial, final)
 
 
-def replace(partial: Path, final: Path) -> None:
-    """Put a finished, flushed partial file in the place of an existing one; readers see the old or the new."""
+def replace(partial: Path, final: StorePath) -> bool:
+    """Put a finished, flushed partial file in the place of an existing one; readers see the old or the new.
+
+    False when the final object is pinned to a version that is not there any more; a local file is always replaced.
+    """
+    if isinstance(final, ObjectPath):
+        return _upload(partial, final, final.e_tag)
     try:
         os.replace(partial, final)
     finally:
         discard(partial)
     sync_folder(final.parent)
+    return True
 
 
-def replace_bytes(final: Path, data: bytes) -> None:
-    """Replace a small file; readers see the old or the new."""
+def replace_bytes(final: StorePath, data: bytes) -> bool:
+    """``replace`` with a small file."""
+    if isinstance(final, ObjectPath):
+        return final.exchange(data, final.e_tag) is not None
     partial = partial_path(final.parent, final.name)
     write_partial(partial, data)
-    replace(partial, final)
+    return replace(partial, final)
+
+
+def update(path: StorePath, limit: int, change: Callable[[bytes], bytes | None]) -> None:
+    """Replace a small file by what ``change`` makes of it; None leaves it. Readers see the old or the new.
+
+    No writer's change is lost: the folder is locked, or the object is exchanged for the very version that was read.
+    """
+    if isinstance(path, ObjectPath):
+        while True:
+            tail = path.tail(limit)
+            new = change(bytes(tail.data))
+            if new is None or replace_bytes(tail.file, new):
+                return
+    with locked(path.parent):
+        new = change(read_bytes(path, limit))
+        if new is not None:
+            replace_bytes(path, new)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's advisory lock; it ends with the process. Network file systems without locks go unlocked."""
+def locked(folder: StorePath) -> Iterator[None]:
+    """Hold the folder's advisory lock; it ends with the process. Without locks (some network file systems, object
+    stores) it goes unlocked.
+    """
+    if isinstance(folder, ObjectPath):
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_schema import files
+from cache_schema.connections import concurrently
 from cache_schema.errors import CacheCorrupt
+from cache_schema.objects import ObjectPath, StorePath
 from cache_schema.plan import Plan
 
 if TYPE_CHECKING:
@@ -44,13 +46,17 @@ def index_arrays(plan: Plan, status: Mapping[str, Sequence[int]]) -> dict[str, A
     return arrays | {f"status/{name}": np.array(values, np.uint8) for name, values in status.items()}
 
 
-def write_index(store: Path, arrays: Mapping[str, Array]) -> None:
+def write_index(store: StorePath, arrays: Mapping[str, Array]) -> None:
     """Put these arrays in the place of the ``videos`` group, unless it holds exactly them already.
 
     The new group is written aside and flushed before it is renamed into place, so no reader sees half of it. The
-    caller holds the store's lock.
+    caller holds the store's lock. An object store has no renames: see ``_write_objects``.
     """
-    final, wanted = store / "videos", _group_files(arrays)
+    wanted = _group_files(arrays)
+    if isinstance(store, ObjectPath):
+        _write_objects(store / "videos", wanted)
+        return
+    final = store / "videos"
     if _holds(final, wanted):
         return
     aside, old = files.partial_path(store, "videos"), files.partial_path(store, "videos-old")
@@ -67,6 +73,29 @@ def write_index(store: Path, arrays: Mapping[str, Array]) -> None:
     finally:
         files.discard(aside)
         files.discard(old)
+
+
+def _write_objects(folder: ObjectPath, wanted: Mapping[str, bytes]) -> None:
+    """Chunks before the metadata that names them, the group last; what a shorter index leaves behind is removed.
+
+    A reader between two of these writes can see arrays of two ages. The index is derived, and the next run mends it.
+    """
+
+    def write(name: str) -> None:
+        try:
+            if (folder / name).read_bytes(len(wanted[name])) == wanted[name]:
+                return
+        except FileNotFoundError:
+            pass
+        (folder / name).write(wanted[name])
+
+    metadata = [name for name in wanted if name.endswith("zarr.json")]
+    concurrently(write, sorted(wanted.keys() - set(metadata)))
+    for name in sorted(metadata, key=lambda name: (-name.count("/"), name)):
+        write(name)
+    for chunks in {name.rpartition("/")[0] for name in wanted if "/c/" in name}:
+        for stale in (entry for entry in (folder / chunks).iterdir() if f"{chunks}/{entry.name}" not in wanted):
+            stale.delete()
 
 
 def _group_files(arrays: Mapping[str, Array]) -> dict[str, bytes]:
@@ -87,7 +116,7 @@ def _holds(folder: Path, wanted: Mapping[str, bytes]) -> bool:
     return there == wanted.keys() and all((folder / name).read_bytes() == data for name, data in wanted.items())
 
 
-def read_index(store: Path, plan: Plan, modality: str) -> dict[str, Array] | None:
+def read_index(store: StorePath, plan: Plan, modality: str) -> dict[str, Array] | None:
     """What the ``videos`` group says of the plan and of one modality; None when there is no such group.
 
     Read without zarr and bounded by the plan's size, because the folder may hold anything. The index may be older than
@@ -110,7 +139,7 @@ def read_index(store: Path, plan: Plan, modality: str) -> dict[str, Array] | Non
     return arrays
 
 
-def _read_plain(folder: Path, dtype: np.dtype[Any], max_length: int) -> Array:
+def _read_plain(folder: StorePath, dtype: np.dtype[Any], max_length: int) -> Array:
     """A one-dimensional uncompressed array. Raises FileNotFoundError, or ValueError when it is anything else."""
     document = files.read_json(folder / "zarr.json", files.MAX_METADATA_BYTES)
     shape, grid, fill = document.get("shape"), document.get("chunk_grid"), document.get("fill_value")
@@ -134,5 +163,5 @@ def _read_plain(folder: Path, dtype: np.dtype[Any], max_length: int) -> Array:
     return np.concatenate(chunks)[:length] if chunks else np.empty(0, dtype)
 
 
-def _unreadable(folder: Path, what: str) -> CacheCorrupt:
+def _unreadable(folder: StorePath, what: str) -> CacheCorrupt:
     return CacheCorrupt(f"{folder} {what}. The index is made again by:", file=folder, kind="videos_index")

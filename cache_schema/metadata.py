@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from cache_schema import files
 from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheMissing
+from cache_schema.objects import StorePath
 from cache_schema.plan import MAX_SHARD_FRAMES
 from cache_schema.spec import FeatureSpec
 
@@ -23,22 +23,22 @@ _HELP = {"tokens": "pipeline extract-clip", "pooled": "pipeline extract-teacher"
 class ArrayInfo:
     """What is fixed about one modality's array: where it is and how its numbers were made."""
 
-    store: Path
+    store: StorePath
     modality: str
     spec: FeatureSpec
     shard_frames: int
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> StorePath:
         """The array's folder."""
         return self.store / self.modality
 
     @property
-    def metadata_file(self) -> Path:
+    def metadata_file(self) -> StorePath:
         """The array's zarr.json."""
         return self.folder / "zarr.json"
 
-    def shard_file(self, shard: int) -> Path:
+    def shard_file(self, shard: int) -> StorePath:
         """Where shard number ``shard`` is: Zarr's default chunk key, such as ``c/17/0/0``."""
         return self.folder.joinpath("c", str(shard), *("0" for _ in self.spec.frame_shape))
 
@@ -49,7 +49,7 @@ def path_to(modality: str) -> list[str]:
     return ["/".join(names[: depth + 1]) for depth in range(len(names))]
 
 
-def newer_format(file: Path, version: int) -> CacheMismatch:
+def newer_format(file: StorePath, version: int) -> CacheMismatch:
     """The error for a file that a later program wrote."""
     return CacheMismatch(
         f"{file}: format_version is {version}; this program reads up to {FORMAT_VERSION}.\n"
@@ -68,7 +68,7 @@ def default_help(modality: str) -> str:
     return _HELP.get(modality.partition("/")[0], "pipeline --help")
 
 
-def create_group(store: Path, shard_frames: int) -> None:
+def create_group(store: StorePath, shard_frames: int) -> None:
     """Write the store's group unless it exists; an existing store keeps its own shard_frames."""
     if not 1 <= shard_frames <= MAX_SHARD_FRAMES:
         raise ValueError(f"shard_frames must be 1..{MAX_SHARD_FRAMES}, not {shard_frames}")
@@ -124,7 +124,7 @@ def _metadata_bytes(document: Mapping[str, object]) -> bytes:
     return json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False).encode("ascii")
 
 
-def read_group(store: Path) -> int:
+def read_group(store: StorePath) -> int:
     """Check the store's group and return its shard_frames. Raises CacheMissing, CacheMismatch, CacheCorrupt."""
     file = store / "zarr.json"
     try:
@@ -150,7 +150,7 @@ def read_group(store: Path) -> int:
     return shard_frames
 
 
-def read_array(store: Path, modality: str, shard_frames: int) -> ArrayInfo:
+def read_array(store: StorePath, modality: str, shard_frames: int) -> ArrayInfo:
     """Check one array's zarr.json against the format and return what is fixed about it.
 
     Raises:
@@ -203,7 +203,7 @@ def _expected_array(spec: FeatureSpec, shard_frames: int) -> dict[str, object]:
     }
 
 
-def _expect(file: Path, document: Mapping[str, object], expected: Mapping[str, object]) -> None:
+def _expect(file: StorePath, document: Mapping[str, object], expected: Mapping[str, object]) -> None:
     for field, value in expected.items():
         found = document.get(field, [] if field == "storage_transformers" else None)
         if found != value or type(found) is not type(value):
@@ -221,29 +221,36 @@ def grow_array(info: ArrayInfo, num_shards: int) -> None:
     rows = num_shards * info.shard_frames
     if _rows(info) >= rows:
         return
-    with files.locked(info.folder):
-        document = files.read_json(info.metadata_file, files.MAX_METADATA_BYTES)
-        if _rows(info) < rows:
-            files.replace_bytes(
-                info.metadata_file, _metadata_bytes({**document, "shape": [rows, *info.spec.frame_shape]})
-            )
+
+    def grown(data: bytes) -> bytes | None:
+        document = files.parse_json(data)
+        if _checked_rows(info, document) >= rows:
+            return None
+        return _metadata_bytes({**document, "shape": [rows, *info.spec.frame_shape]})
+
+    files.update(info.metadata_file, files.MAX_METADATA_BYTES, grown)
 
 
 def _rows(info: ArrayInfo) -> int:
-    shape = files.read_json(info.metadata_file, files.MAX_METADATA_BYTES).get("shape")
+    return _checked_rows(info, files.read_json(info.metadata_file, files.MAX_METADATA_BYTES))
+
+
+def _checked_rows(info: ArrayInfo, document: Mapping[str, object]) -> int:
+    shape = document.get("shape")
     if not isinstance(shape, list) or not shape or not _whole_shards(shape[0], info.shard_frames):
         raise CacheCorrupt(f"{info.metadata_file}: shape is {shape!r}", file=info.metadata_file)
     return int(shape[0])
 
 
-def list_modalities(store: Path) -> list[str]:
+def list_modalities(store: StorePath) -> list[str]:
     """Names of the feature arrays in a store, sorted."""
     return sorted(_walk(store, ""))
 
 
-def _walk(store: Path, prefix: str) -> Iterator[str]:
-    for entry in sorted((store / prefix).iterdir()):
-        name = f"{prefix}/{entry.name}" if prefix else entry.name
+def _walk(store: StorePath, prefix: str) -> Iterator[str]:
+    for own_name in sorted(files.names_in(store / prefix)):
+        name = f"{prefix}/{own_name}" if prefix else own_name
+        entry = store / name
         if not _MODALITY.match(name) or not (entry / "zarr.json").is_file():
             continue
         if files.read_json(entry / "zarr.json", files.MAX_METADATA_BYTES).get("node_type") == "array":

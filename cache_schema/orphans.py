@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_schema import claims, files, metadata
+from cache_schema.objects import ObjectPath, StorePath
 from cache_schema.planfile import is_generation
 from cache_schema.store import FeatureStore
 
@@ -20,15 +21,15 @@ from cache_schema.store import FeatureStore
 class Orphan:
     """One file or folder. ``why`` says whose it is, ``dead`` that nobody can need it any more."""
 
-    path: Path
+    path: StorePath
     kind: str  # "partial", "claim", "unplanned"
     why: str
     dead: bool
     bytes: int
 
 
-def find(store: Path, *, dead_hosts: Collection[str] = frozenset()) -> list[Orphan]:
-    """All of them, sorted by path.
+def find(store: StorePath, *, dead_hosts: Collection[str] = frozenset()) -> list[Orphan]:
+    """All of them, sorted by path. Of an object store, what lies inside a shard's own prefix is not looked at.
 
     Args:
         dead_hosts: machines that are known to be gone, so that what their processes left counts as dead. Whether a
@@ -52,15 +53,15 @@ def find(store: Path, *, dead_hosts: Collection[str] = frozenset()) -> list[Orph
     for path in _strangers(store, modalities):
         if path not in known:
             found.append(Orphan(path, "unplanned", "neither in the plan nor part of the format", False, _size(path)))
-    return sorted(found, key=lambda orphan: orphan.path)
+    return sorted(found, key=lambda orphan: str(orphan.path))
 
 
 def remove(orphan: Orphan) -> None:
     """Remove one, folders with what is in them. One that went by itself meanwhile is no error."""
-    files.discard(orphan.path)
+    files.remove(orphan.path)
 
 
-def _strangers(store: Path, modalities: Collection[str]) -> Iterator[Path]:
+def _strangers(store: StorePath, modalities: Collection[str]) -> Iterator[StorePath]:
     roots = {modality.partition("/")[0] for modality in modalities}
     yield from _except(store, {"zarr.json", "plan", "videos", *roots}.__contains__)
     yield from _except(store / "plan", lambda name: name == "zarr.json" or is_generation(name))
@@ -72,20 +73,25 @@ def _strangers(store: Path, modalities: Collection[str]) -> Iterator[Path]:
         array, shards = opened.layout.info.folder, opened.plan.num_shards
         yield from _except(array, {"zarr.json", "c"}.__contains__)
         yield from _except(array / "c", {str(number) for number in range(shards)}.__contains__)
-        for number in range(shards):
+        for number in range(shards if isinstance(array, Path) else 0):  # there, one request for each
             folder = array / "c" / str(number)
             for _ in opened.spec.frame_shape:
                 yield from _except(folder, {"0"}.__contains__)
                 folder = folder / "0"
 
 
-def _except(folder: Path, expected: Callable[[str], bool]) -> Iterator[Path]:
-    if folder.is_dir() and not folder.is_symlink():
-        yield from (folder / name for name in sorted(os.listdir(folder)) if not expected(name))
+def _except(folder: StorePath, expected: Callable[[str], bool]) -> Iterator[StorePath]:
+    if isinstance(folder, ObjectPath) or not folder.is_symlink():
+        yield from (folder / name for name in sorted(files.names_in(folder)) if not expected(name))
 
 
-def _size(path: Path) -> int:
+def _size(path: StorePath) -> int:
     """Bytes of a file, or of all files in a folder. What goes away meanwhile counts as nothing."""
+    if isinstance(path, ObjectPath):
+        try:
+            return path.head()[0]
+        except FileNotFoundError:
+            return sum(_size(entry) for entry in path.iterdir())
     total = 0
     for place, _, names in os.walk(path):
         total += sum(_size(Path(place) / name) for name in names)

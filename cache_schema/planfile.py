@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +11,7 @@ import numpy.typing as npt
 from cache_schema import files
 from cache_schema.errors import CacheCorrupt
 from cache_schema.metadata import FORMAT_VERSION, newer_format
+from cache_schema.objects import StorePath
 from cache_schema.plan import Plan, apply_generation, generation_document
 
 _GENERATION = re.compile(r"^\d{6}\.json$")
@@ -26,7 +25,7 @@ def is_generation(name: str) -> bool:
 class PlanFiles:
     """``plan/000000.json``, ``plan/000001.json``, …: what was read of them, and how the next one is added."""
 
-    def __init__(self, store: Path, shard_frames: int) -> None:
+    def __init__(self, store: StorePath, shard_frames: int) -> None:
         self.folder = store / "plan"
         self._read = (0, Plan.empty(shard_frames))  # generations read; one value, so that threads see both or neither
 
@@ -74,11 +73,11 @@ class PlanFiles:
     def check_complete(self) -> None:
         """Raise CacheCorrupt when a generation is missing below one that exists."""
         files.refuse_links(self._file(0), self.folder.parent)
-        names = os.listdir(self.folder) if self.folder.is_dir() else []
-        for number, name in enumerate(sorted(name for name in names if is_generation(name))):
+        names = (name for name in files.names_in(self.folder) if is_generation(name))
+        for number, name in enumerate(sorted(names)):
             if name != f"{number:06d}.json":
                 file = self._file(number)
                 raise CacheCorrupt(f"{file} is missing, but {name} exists: restore it", file=file, kind="plan")
 
-    def _file(self, generation: int) -> Path:
+    def _file(self, generation: int) -> StorePath:
         return self.folder / f"{generation:06d}.json"

@@ -19,6 +19,7 @@ from crc32c import crc32c
 from cache_schema import files, metadata
 from cache_schema.errors import CacheCorrupt, CacheError, SegmentFailed
 from cache_schema.index import STATUS, read_index
+from cache_schema.objects import ObjectPath
 from cache_schema.plan import Part, Segment
 from cache_schema.shard import Record, ShardWriter, pread, read_records
 from cache_schema.store import FeatureStore
@@ -85,6 +86,14 @@ def repair_shard(
 
 def _put(store: FeatureStore, number: int, writer: ShardWriter) -> None:
     final = store.layout.info.shard_file(number)
+    if isinstance(final, ObjectPath):
+        try:
+            final = final.pinned(final.head()[1])
+        except FileNotFoundError:
+            files.publish(writer.partial, final)
+        else:
+            files.replace(writer.partial, final)  # in the place of this very version: a retry's shard is as good
+        return
     if not os.path.lexists(final):
         files.publish(writer.partial, final)  # an extraction may have been quicker: its shard is as good
         return

@@ -8,11 +8,12 @@ ordinary shard, and everything that is known of a shard can be read from that on
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from crc32c import crc32c
 from cache_schema import files
 from cache_schema.errors import CacheCorrupt
 from cache_schema.metadata import FORMAT_VERSION, ArrayInfo, newer_format
+from cache_schema.objects import ObjectPath, StorePath
 from cache_schema.plan import Part, from_runs, to_runs
 from cache_schema.stats import Moments
 
@@ -31,6 +33,10 @@ EMPTY = (1 << 64) - 1  # Zarr's mark of an inner chunk that is not there
 LARGE_FRAME = 64 * 1024  # from this size on frames start on pages (O_DIRECT, GPU storage); below, on cache lines
 MAX_FOOTER_BYTES = 1 << 28
 MAX_REASON = 2000  # characters of a stored reason
+USUAL_FOOTER = 128 * 1024  # what is asked of an object store at first; a larger footer takes one more request
+
+Identity = tuple[Any, ...]  # of one version of a file: inode, size, mtime_ns; of an object: entity tag, size
+ReadAt = Callable[[int, int], bytes]  # (count, offset)
 
 Array = npt.NDArray[Any]
 
@@ -257,8 +263,8 @@ class Shard:
     shard that it has seen.
     """
 
-    file: Path
-    identity: tuple[int, int, int]  # inode, size, mtime_ns: of the file this was read from
+    file: StorePath  # of an object store: pinned to the version that this was read from
+    identity: Identity  # of the file this was read from
     records: tuple[Record, ...]
     present: npt.NDArray[np.bool_] = field(repr=False)  # [S]: the slots that hold a frame
     crcs: npt.NDArray[np.uint32] = field(repr=False)  # [S]: crc32c of each frame; 0 where there is none
@@ -273,9 +279,31 @@ class Shard:
         return next(r for r in self.records if r.slot <= slot < r.slot + len(r.frame_index))
 
 
-def identity_of(status: os.stat_result) -> tuple[int, int, int]:
+def identity_of(status: os.stat_result) -> Identity:
     """What changes when a file is replaced or rewritten."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def identity_now(file: StorePath) -> Identity:
+    """What ``identity_of`` gives for the file that is there now. Raises FileNotFoundError, NotADirectoryError."""
+    if isinstance(file, ObjectPath):
+        size, e_tag = file.head()
+        return e_tag, size
+    return identity_of(os.stat(file, follow_symlinks=False))
+
+
+@contextmanager
+def _opened(file: StorePath, layout: Layout) -> Iterator[tuple[StorePath, ReadAt, Identity]]:
+    """The file to read, how to read it, and its identity; size comes second in every identity."""
+    if isinstance(file, ObjectPath):
+        tail = file.tail(USUAL_FOOTER + TRAILER.size + layout.index_bytes)
+        yield tail.file, tail.read, (tail.file.e_tag, tail.size)
+        return
+    descriptor = files.open_regular(file)
+    try:
+        yield file, functools.partial(pread, descriptor), identity_of(os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
 
 
 def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | None:
@@ -288,14 +316,10 @@ def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | Non
     file = layout.info.shard_file(shard)
     files.refuse_links(file, layout.info.store)
     try:
-        descriptor = files.open_regular(file)
+        with _opened(layout.info.shard_file(shard), layout) as (file, read, identity):
+            document, index = _read_footer(file, layout, read, identity[1])
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        status = os.fstat(descriptor)
-        document, index = _read_footer(file, layout, descriptor, status.st_size)
-    finally:
-        os.close(descriptor)
     _check_identity(file, layout, shard, document)
     records = _records(file, document)
     if document.get("data_bytes") != used_slots(records) * layout.stride:
@@ -305,11 +329,11 @@ def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | Non
         raise CacheCorrupt.of_shard(file, "holds other videos than the plan has for it", kind="wrong_videos")
     if index != shard_index(layout, records):
         raise CacheCorrupt.of_shard(file, "has an index that is damaged or contradicts its footer", kind="index")
-    return _slim(file, status, layout, records, parts)
+    return _slim(file, identity, layout, records, parts)
 
 
 def _slim(
-    file: Path, status: os.stat_result, layout: Layout, records: Sequence[Record], parts: Sequence[Part]
+    file: StorePath, identity: Identity, layout: Layout, records: Sequence[Record], parts: Sequence[Part]
 ) -> Shard:
     present = np.zeros(layout.info.shard_frames, np.bool_)
     crcs = np.zeros(layout.info.shard_frames, np.uint32)
@@ -320,24 +344,21 @@ def _slim(
             crcs[part.slot : part.slot + part.count] = record.crc32c
         # The plan's tuple of frame indices is shared, not held twice.
         kept.append(replace(record, frame_index=part.frame_index, crc32c=(), facts={}))
-    return Shard(file, identity_of(status), tuple(kept), present, crcs)
+    return Shard(file, identity, tuple(kept), present, crcs)
 
 
-def read_footer(layout: Layout, file: Path) -> dict[str, object]:
+def read_footer(layout: Layout, file: StorePath) -> dict[str, object]:
     """The whole footer of a shard, facts and statistics included. Raises FileNotFoundError, CacheCorrupt."""
-    descriptor = files.open_regular(file)
-    try:
-        return _read_footer(file, layout, descriptor, os.fstat(descriptor).st_size)[0]
-    finally:
-        os.close(descriptor)
+    with _opened(file, layout) as (file, read, identity):
+        return _read_footer(file, layout, read, identity[1])[0]
 
 
-def read_records(layout: Layout, file: Path) -> tuple[Record, ...]:
+def read_records(layout: Layout, file: StorePath) -> tuple[Record, ...]:
     """The records of a footer, with checksums and facts. Raises FileNotFoundError, CacheCorrupt."""
     return _records(file, read_footer(layout, file))
 
 
-def _records(file: Path, document: Mapping[str, object]) -> tuple[Record, ...]:
+def _records(file: StorePath, document: Mapping[str, object]) -> tuple[Record, ...]:
     entries = document.get("segments")
     try:
         if not isinstance(entries, list):
@@ -347,7 +368,7 @@ def _records(file: Path, document: Mapping[str, object]) -> tuple[Record, ...]:
         raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
 
 
-def read_stats(layout: Layout, file: Path) -> Moments:
+def read_stats(layout: Layout, file: StorePath) -> Moments:
     """Count, mean and M2 over a shard's frames. Raises FileNotFoundError, CacheCorrupt."""
     try:
         return Moments.from_json(read_footer(layout, file).get("stats"), layout.info.spec.frame_shape)
@@ -357,12 +378,12 @@ def read_stats(layout: Layout, file: Path) -> Moments:
         raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
 
 
-def _read_footer(file: Path, layout: Layout, descriptor: int, size: int) -> tuple[dict[str, object], bytes]:
+def _read_footer(file: StorePath, layout: Layout, read: ReadAt, size: int) -> tuple[dict[str, object], bytes]:
     tail_bytes = TRAILER.size + layout.index_bytes
     if size < tail_bytes:
         what = f"is {size} bytes long, too short for a shard: it was truncated"
         raise CacheCorrupt.of_shard(file, what, kind="truncated")
-    tail = pread(descriptor, tail_bytes, size - tail_bytes)
+    tail = read(tail_bytes, size - tail_bytes)
     trailer, index = tail[: TRAILER.size], tail[TRAILER.size :]
     magic, version, footer_bytes, file_bytes, crc = TRAILER.unpack(trailer)
     if magic != MAGIC:
@@ -371,7 +392,7 @@ def _read_footer(file: Path, layout: Layout, descriptor: int, size: int) -> tupl
     if file_bytes != size or footer_bytes > min(size - tail_bytes, MAX_FOOTER_BYTES):
         what = f"is {size} bytes long but says {file_bytes}: it was truncated or overwritten"
         raise CacheCorrupt.of_shard(file, what, kind="truncated")
-    footer = pread(descriptor, footer_bytes, size - tail_bytes - footer_bytes)
+    footer = read(footer_bytes, size - tail_bytes - footer_bytes)
     if crc32c(trailer[:-4], crc32c(footer)) != crc:
         raise CacheCorrupt.of_shard(file, "has a footer whose crc32c does not fit", kind="footer")
     if version > FORMAT_VERSION:
@@ -385,7 +406,7 @@ def _read_footer(file: Path, layout: Layout, descriptor: int, size: int) -> tupl
     return document, index
 
 
-def _check_identity(file: Path, layout: Layout, shard: int, document: Mapping[str, object]) -> None:
+def _check_identity(file: StorePath, layout: Layout, shard: int, document: Mapping[str, object]) -> None:
     for name, value in _identity(layout, shard).items():
         found = document.get(name)
         if found != value:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -18,12 +17,15 @@ import numpy.typing as npt
 from crc32c import crc32c
 
 from cache_schema import claims, files, metadata, write
+from cache_schema.connections import ObjectChanged, concurrently
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheMissing, SegmentFailed
 from cache_schema.index import STATUS, index_arrays, write_index
+from cache_schema.object_reads import read_slots
+from cache_schema.objects import MAX_SHARD_OBJECT, ObjectPath, StorePath, locate
 from cache_schema.plan import Plan, Segment, Task, as_frames
 from cache_schema.planfile import PlanFiles
 from cache_schema.report import Missing, TaskReport, VideoStatus
-from cache_schema.shard import Layout, Shard, identity_of, read_records, read_shard, read_stats
+from cache_schema.shard import Layout, Shard, identity_now, identity_of, read_records, read_shard, read_stats
 from cache_schema.spec import FeatureSpec
 from cache_schema.stats import FeatureStats, Moments
 from cache_schema.write import SegmentResult, frame_corrupt, write_tasks_together
@@ -67,7 +69,7 @@ class FeatureStore:
     Safe to pickle and to use from several threads or processes: it holds no open file and no lock between calls.
 
     Attributes:
-        path: the store's folder.
+        path: the store's folder, or its place in an object store.
         modality: the array's name, such as ``tokens`` or ``pooled/layer8``.
         spec: how its numbers were made.
         shard_frames: S, the frames of one shard.
@@ -83,7 +85,7 @@ class FeatureStore:
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | ObjectPath,
         modality: str,
         spec: FeatureSpec,
         *,
@@ -99,18 +101,26 @@ class FeatureStore:
                 has another frame rule, or the store has a newer format.
             CacheCorrupt: its metadata is damaged.
         """
-        store = Path(path)
+        store = locate(path)
         help_command = help_command or metadata.default_help(modality)
         try:
             metadata.check_modality(modality)
             metadata.create_group(store, shard_frames)
             shard_frames = metadata.read_group(store)
             _check_frame_rule(store, modality, spec, shard_frames)
-            metadata.create_array(metadata.ArrayInfo(store, modality, spec, shard_frames))
+            info = metadata.ArrayInfo(store, modality, spec, shard_frames)
+            if isinstance(store, ObjectPath) and Layout(info).stride * shard_frames > MAX_SHARD_OBJECT:
+                raise ValueError(
+                    f"a shard of {shard_frames} frames has more than the 5 GB that an object store copies at once.\n"
+                    f"Make smaller ones:  --set extract.shard_frames={MAX_SHARD_OBJECT // Layout(info).stride}"
+                )
+            metadata.create_array(info)
             opened = cls.open(store, modality, spec, help_command=help_command)
             for folder in (store, store / "plan", *(store / part for part in metadata.path_to(modality))):
                 files.sweep(folder)
             claims.sweep(opened.layout.info.folder)
+            if isinstance(store, ObjectPath):
+                files.sweep(store.scratch())
             metadata.grow_array(opened.layout.info, opened.plan.num_shards)
             return opened
         except CacheError as error:
@@ -119,7 +129,12 @@ class FeatureStore:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], modality: str, spec: FeatureSpec | None = None, *, help_command: str = ""
+        cls,
+        path: str | os.PathLike[str] | ObjectPath,
+        modality: str,
+        spec: FeatureSpec | None = None,
+        *,
+        help_command: str = "",
     ) -> FeatureStore:
         """Open an existing modality; nothing is written. With ``spec``, it must be the one the modality was made with.
 
@@ -128,7 +143,7 @@ class FeatureStore:
             CacheMismatch: another spec (the differing fields are listed) or a newer format.
             CacheCorrupt: damaged metadata or plan; the file and the field are named.
         """
-        store = Path(path)
+        store = locate(path)
         help_command = help_command or metadata.default_help(modality)
         try:
             info = metadata.read_array(store, modality, metadata.read_group(store))
@@ -174,15 +189,24 @@ class FeatureStore:
         known = self._shards.get(number)
         if known is not None:
             try:
-                if identity_of(os.stat(known.file, follow_symlinks=False)) == known.identity:
+                if identity_now(known.file) == known.identity:
                     return known
             except (FileNotFoundError, NotADirectoryError):
                 pass
             self._shards.pop(number, None)
-        found = read_shard(self.layout, number, self.plan.parts(number))
+        known_plan = self._plan_files.known  # no row of a plan ever changes, so a longer one would say the same
+        plan = known_plan if number < known_plan.num_shards else self.plan
+        found = read_shard(self.layout, number, plan.parts(number))
         if found is not None:
             self._shards[number] = found
         return found
+
+    def shards(self, numbers: Iterable[int]) -> dict[int, Shard | None]:
+        """``shard`` of each of these; of an object store, many requests are under way at a time."""
+        wanted = list(numbers)
+        if isinstance(self.path, ObjectPath):
+            return dict(zip(wanted, concurrently(self.shard, wanted), strict=True))
+        return {number: self.shard(number) for number in wanted}
 
     def pending(self, *, retry_failed: bool = False) -> list[Task]:
         """Tasks of the plan that this modality has not committed, in order.
@@ -190,9 +214,10 @@ class FeatureStore:
         With ``retry_failed`` also the committed ones that hold a failed video, and all have ``retry`` set.
         Raises CacheCorrupt when a shard is there but damaged: it is never taken for missing.
         """
-        found = []
-        for task in self.plan.tasks():
-            shards = [self.shard(number) for number in task.shards]
+        found, plan = [], self.plan
+        there = self.shards(range(plan.num_shards))
+        for task in plan.tasks():
+            shards = [there[number] for number in task.shards]
             if any(shard is None or (retry_failed and shard.failed) for shard in shards):
                 found.append(replace(task, retry=retry_failed))
         return found
@@ -216,8 +241,10 @@ class FeatureStore:
     def segment_status(self) -> list[VideoStatus | None]:
         """One entry per segment of the plan; None where it is not (wholly) committed."""
         found: list[VideoStatus | None] = []
-        for task in self.plan.tasks():
-            shards = [self.shard(number) for number in task.shards]
+        plan = self.plan
+        there = self.shards(range(plan.num_shards))
+        for task in plan.tasks():
+            shards = [there[number] for number in task.shards]
             for segment in task.segments:
                 found.append(_segment_status(segment, shards))
         return found
@@ -230,14 +257,16 @@ class FeatureStore:
     def missing(self, wanted: Mapping[str, FrameIndex]) -> dict[str, Missing]:
         """Video -> the wanted frames that cannot be read, and why; videos that are complete do not appear."""
         plan, found = self.plan, {}
-        for video_id, frame_index in wanted.items():
-            frames = as_frames(video_id, frame_index)
-            rows = plan.find(video_id, frames)
+        located = {video_id: plan.find(video_id, frame_index) for video_id, frame_index in wanted.items()}
+        numbers = {number for rows in located.values() for number in (rows[rows >= 0] // self.shard_frames).tolist()}
+        shards = self.shards(sorted(numbers))
+        for video_id, rows in located.items():
+            frames = as_frames(video_id, wanted[video_id])
             gone: dict[str, list[int]] = {"not_planned": frames[rows < 0].tolist(), "not_committed": [], "failed": []}
             kind = reason = ""
             for number in np.unique(rows[rows >= 0] // self.shard_frames).tolist():
                 here = (rows >= 0) & (rows // self.shard_frames == number)
-                shard, slots = self.shard(number), rows[here] % self.shard_frames
+                shard, slots = shards[number], rows[here] % self.shard_frames
                 if shard is None:
                     gone["not_committed"] += frames[here].tolist()
                 elif not shard.present[slots].all():
@@ -273,6 +302,9 @@ class FeatureStore:
         features = self._output(out, len(frames))
         raw = features.view(np.uint8).reshape(len(frames), self.layout.frame_bytes)
         shards, slots = np.divmod(rows, self.shard_frames)
+        if isinstance(self.path, ObjectPath):
+            self._read_objects(video_id, frames, shards, slots, raw)
+            return features
         for number in np.unique(shards).tolist():
             here = np.flatnonzero(shards == number)
             descriptor, shard = self._open_shard(number, video_id, frames)
@@ -290,6 +322,25 @@ class FeatureStore:
             finally:
                 os.close(descriptor)
         return features
+
+    def _read_objects(self, video_id: str, frames: Array, shards: Array, slots: Array, raw: Array) -> None:
+        for number in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == number)
+            whole = len(here) == len(raw)
+            rows = raw if whole else np.empty((len(here), self.layout.frame_bytes), np.uint8)
+            while True:
+                shard = self._shards.get(number) or self.shard(number)  # no need to look again: a read is pinned
+                if shard is None or not shard.present[slots[here]].all():
+                    raise self._not_there(video_id, frames)
+                try:
+                    damaged = read_slots(self.layout, shard, slots[here], rows)
+                    break
+                except (ObjectChanged, FileNotFoundError):  # by a retry, or somebody removed it
+                    self._shards.pop(number, None)
+            if damaged is not None:
+                raise frame_corrupt(shard, video_id, int(frames[here[damaged]]))
+            if not whole:
+                raw[here] = rows
 
     def _open_shard(self, number: int, video_id: str, frames: Array) -> tuple[int, Shard]:
         # The checked footer must be of the very file that is read: a retry may replace it between the two.
@@ -324,7 +375,9 @@ class FeatureStore:
         Of several segments the newest that is committed counts. Raises CacheMissing when there is none.
         """
         for segment in reversed(self.plan.segments_of(video_id)):
-            shard = self.shard(segment.start // self.shard_frames)
+            number = segment.start // self.shard_frames
+            shard = self._shards.get(number) if isinstance(self.path, ObjectPath) else None  # spares a request a video
+            shard = shard or self.shard(number)
             if shard is not None:
                 records = read_records(self.layout, shard.file)
                 return dict(next(r.facts for r in records if r.video_id == video_id))
@@ -341,8 +394,7 @@ class FeatureStore:
         if not self.layout.has_stats:
             raise ValueError(f"{self.modality!r} has no statistics: its frames are {self.layout.frame_bytes} bytes")
         moments = Moments.zero(self.spec.frame_shape)
-        for number in range(self.plan.num_shards):
-            shard = self.shard(number)
+        for shard in self.shards(range(self.plan.num_shards)).values():
             if shard is not None:
                 moments = moments.plus(read_stats(self.layout, shard.file))
         if not moments.count:
@@ -390,7 +442,7 @@ def _segment_status(segment: Segment, shards: Sequence[Shard | None]) -> VideoSt
     return VideoStatus(True, frames=len(segment))
 
 
-def _check_frame_rule(store: Path, modality: str, spec: FeatureSpec, shard_frames: int) -> None:
+def _check_frame_rule(store: StorePath, modality: str, spec: FeatureSpec, shard_frames: int) -> None:
     # Modalities share (video, frame index) as their key, so an index must mean the same picture in all of them.
     for other in metadata.list_modalities(store):
         rule = metadata.read_array(store, other, shard_frames).spec.frame_rule

@@ -210,7 +210,7 @@ def _absent(store: FeatureStore, number: int, *, deleted: bool) -> Problem:
 def _unplanned(store: FeatureStore) -> list[Problem]:
     folder = store.layout.info.folder / "c"
     planned = {str(number) for number in range(store.plan.num_shards)}
-    strangers = sorted(set(os.listdir(folder)) - planned) if folder.is_dir() else []
+    strangers = sorted(set(files.names_in(folder)) - planned)
     return [
         Problem(None, None, None, "unplanned", f"{folder / name} is not in the plan: it was copied here by mistake")
         for name in strangers

@@ -238,8 +238,8 @@ class _ModalityWriter:
                     return False  # another retry was at least as lucky
                 if read_footer(self.store.layout, partial) == read_footer(self.store.layout, final):
                     return False
-            files.replace(partial, final)
-        return True
+            # Of an object store: only in the place of the very version that was looked at, for there are no locks.
+            return files.replace(partial, final if current is None else current.file)
 
     def _copy(self) -> bool:
         """Copy the segment from the committed shards when it is good in all of them."""

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import compose, overrides
 from pipeline.ledger import Ledger
@@ -46,7 +47,7 @@ KEPT_SHARE = 4  # a quarter of the memory may keep features of val and test betw
 def ablate(
     variants: Sequence[Variant],
     *,
-    cache: Path,
+    cache: StorePath,
     out: Path,
     device: str,
     memory: int | None,
@@ -90,7 +91,7 @@ def ablate(
 class Sources:
     """What the cache gives to each configuration; asked once for all that are alike."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: StorePath) -> None:
         self.cache = cache
         self._datasets: dict[str, Any] = {}
         self._stores: dict[str, list[FeatureStore]] = {}

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import registry, results, scoring
 from pipeline.compose import available_samples, load_dataset, open_stores, refuse_leaks, samples_of
@@ -35,7 +36,7 @@ METHOD = 2  # of the probes: another number means that answers on disk are not t
 def baselines(
     config: PipelineConfig,
     *,
-    cache: Path,
+    cache: StorePath,
     out: Path,
     split: str,
     names: Sequence[str],
@@ -94,7 +95,7 @@ def baselines(
     return result
 
 
-def _stores(config: PipelineConfig, cache: Path, *, needs_teacher: bool) -> dict[str, FeatureStore]:
+def _stores(config: PipelineConfig, cache: StorePath, *, needs_teacher: bool) -> dict[str, FeatureStore]:
     opened = open_stores(config, cache, aligned=needs_teacher)
     return dict(zip(("clip", "teacher"), opened, strict=False))
 

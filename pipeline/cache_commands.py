@@ -32,7 +32,8 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting that the store was extracted with.")
 ]
 CacheOption = Annotated[
-    Path | None, typer.Option("--cache", metavar="PATH", help="The feature store. [default: cache/…, by preset]")
+    str | None,
+    typer.Option("--cache", metavar="PATH", help="The feature store: a folder or s3://… [default: cache/…, by preset]"),
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="NAME", help="auto (CUDA where there is one), cpu, cuda or cuda:N.")
@@ -203,11 +204,12 @@ def export(
             raise typer.Exit(FAILURES)
 
 
-def _options(preset: str, sets: list[str] | None, cache: Path | None) -> Options:
+def _options(preset: str, sets: list[str] | None, cache: str | None) -> Options:
     from pipeline import cache_tools, overrides, presets
+    from pipeline.cli import place_of  # here: cli imports this module
 
     config = overrides.apply(presets.get(preset), sets or [])
-    return cache_tools.Options(config, sets or [], cache or presets.default_cache(config))
+    return cache_tools.Options(config, sets or [], place_of(cache, config))
 
 
 def _device(name: str) -> Callable[[], str]:

@@ -20,8 +20,10 @@ import numpy as np
 from cache_schema import export as exports
 from cache_schema import metadata, orphans, verify
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMissing
+from cache_schema.objects import StorePath
 from cache_schema.repair import Produce, repair_shard
 from cache_schema.report import SourceFile
+from cache_schema.shard import identity_now
 from cache_schema.store import FeatureStore
 from cache_schema.verify import Problem
 from pipeline.errors import ConfigError
@@ -38,7 +40,7 @@ DEPTH = 4  # how far below a folder stores are looked for
 class Options:
     """What every command is told: the store, and the settings that its encoders are made from."""
 
-    def __init__(self, config: PipelineConfig, sets: Sequence[str], cache: Path) -> None:
+    def __init__(self, config: PipelineConfig, sets: Sequence[str], cache: StorePath) -> None:
         self.config, self.sets, self.cache = config, list(sets), cache
 
     def command(self, *words: str) -> str:
@@ -81,7 +83,7 @@ def _find_stores(folder: Path, depth: int) -> Iterator[Path]:
                     yield from _find_stores(Path(entry.path), depth - 1)
 
 
-def _describe(store: Path) -> dict[str, Any]:
+def _describe(store: StorePath) -> dict[str, Any]:
     facts: dict[str, Any] = {"path": str(store), "modalities": []}
     try:
         metadata.read_group(store)
@@ -112,7 +114,7 @@ def _bytes(store: FeatureStore) -> int:
     total = 0
     for number in range(store.plan.num_shards):
         with contextlib.suppress(OSError):
-            total += store.layout.info.shard_file(number).stat(follow_symlinks=False).st_size
+            total += identity_now(store.layout.info.shard_file(number))[1]
     return total
 
 
@@ -381,7 +383,7 @@ def collect_garbage(options: Options, *, dead_hosts: Collection[str], unplanned:
         gone = orphan.dead or (unplanned and orphan.kind == "unplanned")
         if gone and not dry_run:
             orphans.remove(orphan)
-        path = str(orphan.path.relative_to(options.cache))
+        path = str(orphan.path).removeprefix(f"{options.cache}/")
         listed.append({"path": path, "kind": orphan.kind, "why": orphan.why, "bytes": orphan.bytes, "removed": gone})
     return {
         "cache": str(options.cache),

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline import cache_commands
-from pipeline.errors import FAILURES, ConfigError, NotAvailable, guard
+from pipeline.errors import ENVIRONMENT, FAILURES, ConfigError, NotAvailable, guard
 
 if TYPE_CHECKING:
+    from cache_schema.objects import StorePath
     from stages.config import PipelineConfig
 
 app = typer.Typer(
@@ -47,7 +48,14 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times.")
 ]
 CacheOption = Annotated[
-    Path | None, typer.Option("--cache", metavar="PATH", help="The feature store. [default: cache/…, by preset]")
+    str | None,
+    typer.Option("--cache", metavar="PATH", help="The feature store: a folder or s3://… [default: cache/…, by preset]"),
+]
+LocalOption = Annotated[
+    Path | None, typer.Option("--cache-local", metavar="DIR", help="Keep shards of an s3:// store here as well.")
+]
+BudgetOption = Annotated[
+    str, typer.Option("--cache-local-budget", metavar="SIZE", help="At most so much of them, such as 800MB or 2TB.")
 ]
 MemoryOption = Annotated[
     str | None,
@@ -110,6 +118,8 @@ def extract(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     out: ReportOption = None,
     split: SplitsOption = None,
     workers: WorkersOption = 0,
@@ -122,7 +132,8 @@ def extract(
     """Put the features of both frozen networks into the cache; every frame is decoded once."""
     with guard(debug=debug, as_json=as_json):
         config = _config(preset, sets)
-        _extract("both", config, cache, out, split or [], workers, retry_failed, device, dry_run, as_json)
+        place = place_of(cache, config, cache_local, cache_local_budget)
+        _extract("both", config, place, out, split or [], workers, retry_failed, device, dry_run, as_json)
 
 
 @app.command(
@@ -133,6 +144,8 @@ def extract_clip(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     out: ReportOption = None,
     split: SplitsOption = None,
     workers: WorkersOption = 0,
@@ -145,7 +158,8 @@ def extract_clip(
     """Put the patch tokens of the frozen image encoder into the cache."""
     with guard(debug=debug, as_json=as_json):
         config = _config(preset, sets)
-        _extract("clip", config, cache, out, split or [], workers, retry_failed, device, dry_run, as_json)
+        place = place_of(cache, config, cache_local, cache_local_budget)
+        _extract("clip", config, place, out, split or [], workers, retry_failed, device, dry_run, as_json)
 
 
 @app.command(
@@ -156,6 +170,8 @@ def extract_teacher(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     out: ReportOption = None,
     split: SplitsOption = None,
     workers: WorkersOption = 0,
@@ -168,7 +184,8 @@ def extract_teacher(
     """Put the pooled targets of the diffusion teacher into the cache."""
     with guard(debug=debug, as_json=as_json):
         config = _config(preset, sets)
-        _extract("teacher", config, cache, out, split or [], workers, retry_failed, device, dry_run, as_json)
+        place = place_of(cache, config, cache_local, cache_local_budget)
+        _extract("teacher", config, place, out, split or [], workers, retry_failed, device, dry_run, as_json)
 
 
 @app.command(
@@ -179,6 +196,8 @@ def train_student(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     out: RunOption = None,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
@@ -188,16 +207,16 @@ def train_student(
 ) -> None:
     """Train the memory-bank student against the cache."""
     with guard(debug=debug, as_json=as_json):
-        budget = [] if memory is None else [f"train.memory={memory}", "train.micro_batch=0"]
-        config = _config(preset, [*(sets or []), *budget])
-        cache = _cache(cache, config)
+        room = [] if memory is None else [f"train.memory={memory}", "train.micro_batch=0"]
+        config = _config(preset, [*(sets or []), *room])
+        place = place_of(cache, config, cache_local, cache_local_budget)
         compose = _compose(dry_run)
         from pipeline.progress import Progress
 
         with Progress() as progress:
             result = compose.train(
                 config,
-                cache=cache,
+                cache=place,
                 out=out or Path("runs") / config.preset,
                 device=_device(device, dry_run),
                 dry_run=dry_run,
@@ -213,6 +232,8 @@ def evaluate(
     preset: RunPresetOption = "",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     run: EvaluatedRunOption = None,
     split: SplitOption = "test",
     checkpoint: CheckpointOption = None,
@@ -225,14 +246,14 @@ def evaluate(
     with guard(debug=debug, as_json=as_json):
         run = run or Path("runs") / (preset or "miniature")
         config, changed = _run_config(run, preset, sets)
-        cache = _cache(cache, config)
+        place = place_of(cache, config, cache_local, cache_local_budget)
         compose = _compose(dry_run)
         from pipeline.progress import Progress
 
         with Progress() as progress:
             result = compose.evaluate(
                 config if changed else None,
-                cache=cache,
+                cache=place,
                 out=run,
                 split=split,
                 checkpoint=checkpoint,
@@ -248,6 +269,8 @@ def baselines(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
     cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
     out: BaselinesOption = None,
     split: SplitOption = "test",
     probe: ProbeOption = None,
@@ -258,7 +281,7 @@ def baselines(
     """Majority class and probes on the cached features: what a student has to beat. Runs on the CPU."""
     with guard(debug=debug, as_json=as_json):
         config = _config(preset, sets)
-        cache = _cache(cache, config)
+        place = place_of(cache, config, cache_local, cache_local_budget)
         _compose(dry_run)
         from pipeline.baselines import baselines as run_baselines
         from pipeline.progress import Progress
@@ -266,7 +289,7 @@ def baselines(
         with Progress() as progress:
             result = run_baselines(
                 config,
-                cache=cache,
+                cache=place,
                 out=out or Path("runs") / f"{config.preset}-baselines",
                 split=split,
                 names=probe or [],
@@ -315,7 +338,7 @@ def ablate(
         config = _config(preset, sets)
         variants, notes = make_variants(config, vary=vary or (), zipped=zipped, study=study, seeds=seeds)
         room = parse_memory(memory) if memory else None
-        cache = _cache(cache, config)
+        place = place_of(cache, config)
         _compose(dry_run)
         from pipeline.ablate import ablate as run_ablation
         from pipeline.progress import Progress
@@ -323,7 +346,7 @@ def ablate(
         with Progress() as progress:
             result = run_ablation(
                 variants,
-                cache=cache,
+                cache=place,
                 out=out or Path("runs") / f"{config.preset}-{study or 'ablation'}",
                 device=_device(device, dry_run),
                 memory=room,
@@ -362,14 +385,14 @@ def tour(
     """The miniature's study: a coarse and a fine task, with and without the diffusion teacher, beside the baselines."""
     with guard(debug=debug, as_json=as_json):
         config = _config("miniature", sets)
-        cache = _cache(cache, config)
+        place = place_of(cache, config)
         _compose(dry_run=False)
         from pipeline.progress import Progress
         from pipeline.tour import processes_here
         from pipeline.tour import tour as run_tour
 
         with Progress() as progress:
-            result = run_tour(config, cache=cache, out=out, processes=processes or processes_here(), progress=progress)
+            result = run_tour(config, cache=place, out=out, processes=processes or processes_here(), progress=progress)
         _show("tour", result, False, as_json)
 
 
@@ -390,7 +413,7 @@ def diagnose(
     with guard(debug=debug, as_json=as_json):
         run = run or Path("runs") / "miniature"
         config, _ = _run_config(run, "", None)
-        cache = _cache(cache, config)
+        place = place_of(cache, config)
         _compose(dry_run=False)
         from pipeline.diagnose import diagnose as look
         from pipeline.progress import Progress
@@ -398,7 +421,7 @@ def diagnose(
         with Progress() as progress:
             result = look(
                 run,
-                cache=cache,
+                cache=place,
                 split=split,
                 samples=samples,
                 checkpoint=checkpoint or "",
@@ -468,6 +491,25 @@ def synth(
         _show("synth", result, False, as_json)
 
 
+@app.command(epilog="Example:  pipeline doctor --store s3://bucket/features")
+def doctor(
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URL", help="Also try what a cache needs of this object store.")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what this machine, and an object store, have and lack."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline import doctor as room
+
+        result = room.examine(store)
+        _show("doctor", result, False, as_json)
+        if complaint := room.complaint(result):
+            print(f"error: {complaint}", file=sys.stderr)
+            raise typer.Exit(ENVIRONMENT)
+
+
 def _config(preset: str, sets: Sequence[str] | None) -> PipelineConfig:
     from pipeline import overrides, presets
 
@@ -483,10 +525,17 @@ def _run_config(run: Path, preset: str, sets: Sequence[str] | None) -> tuple[Pip
     return overrides.apply(base, sets or []), bool(preset or sets)
 
 
-def _cache(cache: Path | None, config: PipelineConfig) -> Path:
+def place_of(cache: str | None, config: PipelineConfig, local: Path | None = None, budget: str = "50GB") -> StorePath:
+    """The store that ``--cache`` names, with its copies on a local disk."""
+    from cache_schema.objects import LocalCopies, ObjectPath, locate
     from pipeline import presets
+    from pipeline.results import parse_size
 
-    return cache or presets.default_cache(config)
+    copies = LocalCopies(local, parse_size(budget)) if local is not None else None
+    store = presets.default_cache(config) if cache is None else locate(cache, copies)
+    if copies and not isinstance(store, ObjectPath):
+        raise ConfigError(f"--cache-local keeps copies of a store that is elsewhere, but {store} is a folder here")
+    return store
 
 
 def _compose(dry_run: bool) -> Any:
@@ -527,7 +576,7 @@ def _device(name: str, dry_run: bool) -> str:
 def _extract(
     which: Literal["clip", "teacher", "both"],
     config: PipelineConfig,
-    cache: Path | None,
+    cache: StorePath,
     out: Path | None,
     splits: list[str],
     workers: int,
@@ -537,7 +586,6 @@ def _extract(
     as_json: bool,
 ) -> None:
     command = "extract" if which == "both" else f"extract-{which}"
-    cache = _cache(cache, config)
     compose = _compose(dry_run)
     from pipeline.progress import Progress
 
@@ -589,6 +637,7 @@ def _show(command: str, result: dict[str, Any], dry_run: bool, as_json: bool) ->
             "report": results.show_report,
             "compare": results.show_comparison,
             "synth": results.show_synth,
+            "doctor": results.show_doctor,
         }[command](result)
 
 

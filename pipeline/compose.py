@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cache_schema.errors import CacheMismatch
+from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import presets, registry, scoring
 from pipeline.errors import ConfigError
@@ -55,7 +56,7 @@ def extract(
     config: PipelineConfig,
     *,
     which: Which | Literal["both"],
-    cache: Path,
+    cache: StorePath,
     workers: int,
     retry_failed: bool,
     splits: Sequence[str],
@@ -89,7 +90,7 @@ def extract(
     }
 
 
-def make_job(config: PipelineConfig, *, which: Which | Literal["both"], cache: Path, device: str) -> Job:
+def make_job(config: PipelineConfig, *, which: Which | Literal["both"], cache: StorePath, device: str) -> Job:
     """What an extraction with one encoder, or with both from one pass, needs to know."""
     encoders, command = (BOTH, "extract") if which == "both" else ((which,), f"extract-{which}")
     builders = tuple(_builder(config, encoder) for encoder in encoders)
@@ -121,7 +122,7 @@ def shapes(config: PipelineConfig, which: Which) -> Iterator[tuple[str, tuple[tu
     yield from module.describe(config).items()
 
 
-def _command(command: str, config: PipelineConfig, cache: Path) -> str:
+def _command(command: str, config: PipelineConfig, cache: StorePath) -> str:
     """What the user would type: the preset, and every setting that differs from it and matters to an extraction."""
     base, ours = flatten(presets.get(config.preset)), flatten(config)
     rooms = ("data.", *(f"{which}." for which in BOTH if command in ("extract", f"extract-{which}")))
@@ -138,7 +139,7 @@ def _typed(value: object) -> str:
 
 
 def train(
-    config: PipelineConfig, *, cache: Path, out: Path, device: str, dry_run: bool, progress: OnProgress
+    config: PipelineConfig, *, cache: StorePath, out: Path, device: str, dry_run: bool, progress: OnProgress
 ) -> dict[str, Any]:
     """Train the student of a run folder, or go on with it; scored on val after every epoch where that selects."""
     dataset = load_dataset(config)
@@ -267,7 +268,7 @@ def build_decoder(config: PipelineConfig, device: str) -> Decoder:
     return decoder
 
 
-def open_stores(config: PipelineConfig, cache: Path, *, aligned: bool) -> list[FeatureStore]:
+def open_stores(config: PipelineConfig, cache: StorePath, *, aligned: bool) -> list[FeatureStore]:
     """The CLIP store and, where aligned, the teacher's; refused when their features are not those of ``config``."""
     opened = []
     for which in ("clip", "teacher") if aligned else ("clip",):
@@ -340,7 +341,7 @@ def samples_of(dataset: Any, split: str) -> list[Sample]:
 
 
 def available_samples(
-    config: PipelineConfig, samples: Sequence[Sample], stores: Sequence[FeatureStore], cache: Path, split: str
+    config: PipelineConfig, samples: Sequence[Sample], stores: Sequence[FeatureStore], cache: StorePath, split: str
 ) -> Availability:
     """What the cache can serve of a split; CacheMissing unless that is everything or ``data.allow_missing`` is set."""
     found = available(samples, stores)
@@ -358,7 +359,7 @@ def validation(
     config: PipelineConfig,
     dataset: Any,
     stores: Sequence[FeatureStore],
-    cache: Path,
+    cache: StorePath,
     trainer: Trainer,
     samples_from: SamplesFrom = CachedSamples,
 ) -> Callable[[], float] | None:
@@ -411,7 +412,7 @@ def training_estimate(config: PipelineConfig, samples: Sequence[Sample]) -> dict
 def evaluate(
     config: PipelineConfig | None,
     *,
-    cache: Path,
+    cache: StorePath,
     out: Path,
     split: str,
     checkpoint: str | None,

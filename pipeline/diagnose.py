@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache_schema.errors import CacheMismatch, CacheMissing
+from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import registry
 from pipeline.compose import available_samples, build_trainer, load_dataset, open_stores, samples_of
@@ -35,7 +36,7 @@ FORMAT = 1
 
 
 def diagnose(
-    run_path: Path, *, cache: Path, split: str, samples: int, checkpoint: str, device: str, progress: OnProgress
+    run_path: Path, *, cache: StorePath, split: str, samples: int, checkpoint: str, device: str, progress: OnProgress
 ) -> dict[str, Any]:
     """Diagnostics of one checkpoint over ``samples`` evenly spaced samples of a split.
 
@@ -96,7 +97,7 @@ def evenly(count: int, wanted: int) -> list[int]:
     return [i * count // taken for i in range(taken)]
 
 
-def _stores(config: PipelineConfig, cache: Path) -> tuple[FeatureStore, FeatureStore | None]:
+def _stores(config: PipelineConfig, cache: StorePath) -> tuple[FeatureStore, FeatureStore | None]:
     if config.train.lambda_kd > 0:
         tokens, pooled = open_stores(config, cache, aligned=True)
         return tokens, pooled

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import ConfigError
 from pipeline.progress import clock, printable
 
 if TYPE_CHECKING:
@@ -30,6 +32,15 @@ def size(count: float) -> str:
     while count >= 999.95 and unit < len(UNITS) - 1:
         count, unit = count / 1000, unit + 1
     return f"{count:.1f} {UNITS[unit]}" if unit else f"{count:.0f} bytes"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``800MB``, ``1.5 TB`` or ``4096``, the inverse of ``size``. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(bytes|[kKMGT]?B)?\s*", text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size: expected a number with kB, MB, GB or TB, such as 50GB")
+    unit = (match[2] or "bytes").replace("K", "k")
+    return int(float(match[1]) * 1000 ** (0 if unit == "B" else UNITS.index(unit)))
 
 
 def show_estimate(command: str, result: Result) -> None:
@@ -224,6 +235,14 @@ def show_synth(result: Result) -> None:
     """What was drawn, and where."""
     now = f"{result['written']} drawn now" if result["written"] else "all drawn before; nothing to do"
     _say(f"{result['videos']} videos, {result['frames']:,} frames in {result['folder']} ({now})")
+
+
+def show_doctor(result: Result) -> None:
+    """One line per thing that was looked at."""
+    table = _table("", "", "")
+    for check in result["checks"]:
+        table.add_row(check["name"], "ok" if check["ok"] else "NO", printable(check["detail"]))
+    _print("What is here:", table)
 
 
 # ---------------------------------------------------------------- pipeline cache

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from cache_schema.objects import StorePath
 from pipeline.overrides import apply
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
@@ -37,11 +38,13 @@ class Job:
     task: str
     row: str
     config: PipelineConfig
-    cache: Path
+    cache: StorePath
     out: Path
 
 
-def tour(config: PipelineConfig, *, cache: Path, out: Path, processes: int, progress: OnProgress) -> dict[str, Any]:
+def tour(
+    config: PipelineConfig, *, cache: StorePath, out: Path, processes: int, progress: OnProgress
+) -> dict[str, Any]:
     """Run every arm of every task and return the table: task -> row -> scores."""
     jobs = []
     for task, sets in TASKS.items():

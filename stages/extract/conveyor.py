@@ -6,7 +6,7 @@
 The encoder runs in the caller's thread, so that a signal's exception ends it between two of its operations. Whatever
 ends a line, an error travels along it in its place: what came before is still written, and its video is named.
 
-``make_features`` gives the same features segment by segment, in the caller's thread, to those who do not write tasks.
+``make_features`` gives the same features one segment at a time, in the caller's thread, to those who write no tasks.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from cache_schema.objects import StorePath
 from cache_schema.plan import Segment, Task
 from cache_schema.spec import FeatureSpec
 from cache_schema.store import FeatureStore, SegmentResult
@@ -46,7 +46,7 @@ class Job:
 
     config: PipelineConfig
     builders: tuple[str, ...]
-    cache: Path
+    cache: StorePath
     device: str
     help_command: str = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from cache_schema import index, metadata
+from tests.object_servers import Moto, use
 
 # Time limits per example say more about the other work on the machine than about the code.
 settings.register_profile("cache", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -52,3 +54,18 @@ def zarr_once():
     metadata._made_by_zarr, index._group_files = map(once, real)
     yield
     metadata._made_by_zarr, index._group_files = real
+
+
+@pytest.fixture(scope="session")
+def moto():
+    """An object store in memory, one for all tests of a process."""
+    with Moto() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(moto, monkeypatch):
+    """URL of an empty prefix; the environment points at the server, and retries are quick."""
+    use(monkeypatch, moto.port)
+    moto.make_bucket("features")
+    return f"s3://features/{secrets.token_hex(6)}"

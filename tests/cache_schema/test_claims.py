@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from cache_schema import claims, files, orphans
+from cache_schema.objects import locate
 from tests.cache_schema.makers import create, extract, tree
 
 
@@ -117,6 +118,33 @@ def test_claims_are_never_trusted_two_holders_of_one_task_write_one_store(tmp_pa
     extract(tmp_path / "b", on_batch=a_second_extraction_of_everything)
     assert len(inner) == 2
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_claims_in_an_object_store_are_held_kept_fresh_taken_over_and_swept(s3, monkeypatch):
+    now = [1e9]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(claims, "TOUCH_S", -1)
+    folder = create(locate(s3)).layout.info.folder
+    claim = claims.take(folder, 3)
+    assert claims.take(folder, 3) is None
+    monkeypatch.setattr(files, "HOST", "elsewhere")  # seen from another machine: it cannot know the process
+    assert claims.take(folder, 3) is None
+    now[0] += claims.LEASE_S - 1
+    claim.touch()
+    assert claims.take(folder, 3) is None
+    now[0] += claims.LEASE_S - 1
+    assert claims.take(folder, 3) is None
+    now[0] += 1
+    other = claims.take(folder, 3)
+    claim.give_up()
+    assert claims.holder_of(claim.file)["host"] == "elsewhere"
+    claim.touch()
+    other.give_up()
+    assert claims.found(folder) == []
+    claims.claim_file(folder, 4).write(files.canonical_json({"host": "elsewhere", "pid": os.getpid(), "started": 0}))
+    assert [(o.path.name, o.dead) for o in orphans.find(locate(s3))] == [(".shard-4.claim", True)]
+    create(locate(s3))
+    assert claims.found(folder) == []
 
 
 def test_claims_show_among_the_orphans_with_their_host(tmp_path, folder):

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from cache_schema import CacheError, FeatureStore, verify
+from cache_schema import CacheError, FeatureStore, files, verify
 from tests.cache_schema.io_faults import FileLayer, Killed
 from tests.cache_schema.makers import extract, features, tree
 
@@ -84,3 +84,17 @@ def test_04_05_every_call_fails_once_and_the_resumed_store_is_byte_equal(ram, wh
     expected, calls = whole
     for at in range(calls):
         assert fail_and_resume(ram / "cache.zarr", at, FAULTS[fault], expected)
+
+
+def test_a_partial_file_that_could_not_be_removed_is_swept_later(tmp_path, monkeypatch):
+    path = files.partial_path(tmp_path, "shard-0")
+    path.write_bytes(b"half")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.unlink", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        files.discard(path)
+    monkeypatch.undo()
+    assert files.sweep(tmp_path) == [path]

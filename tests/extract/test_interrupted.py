@@ -92,10 +92,10 @@ def test_02_a_signal_drops_the_shard_at_hand_and_exits_75_and_the_next_run_ends_
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 128 kB."""
+    """A disk of 160 kB: one shard of 16 frames of 37 tokens, and a half."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small tmpfs cannot be mounted here")
     yield folder

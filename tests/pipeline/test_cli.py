@@ -19,11 +19,11 @@ from pipeline.overrides import apply
 from pipeline.runs import RunFolder
 from tests.pipeline.conftest import EXTRACTED, Composed
 
+STAGE_COMMANDS = ("extract", "extract-clip", "extract-teacher", "train-student", "evaluate")
 COMMANDS = (
-    *("extract", "extract-clip", "extract-teacher", "train-student", "evaluate"),
-    *("baselines", "compare", "diagnose", "report", "tour", "ablate", "ablate-status"),
+    *STAGE_COMMANDS,
+    *("baselines", "compare", "diagnose", "report", "tour", "ablate", "ablate-status", "doctor"),
 )
-STAGE_COMMANDS = COMMANDS[:5]
 GOLDEN = Path(__file__).parent.parent / "golden"
 HEAVY = ("torch", "transformers", "diffusers", "open_clip", "zarr", "numpy", "rich", "av")
 

