@@ -203,7 +203,7 @@ def test_the_miniature_is_found_by_name() -> None:
     if not clip.MINIATURE_MODELS.is_dir():
         pytest.skip("the miniature is not there yet")
     assert clip.describe(config(model="miniature-vit", layer=5))["tokens"][0] == (37, 96)
-    assert build(model="miniature-vit", layer=5)(frames())["tokens"].shape == (3, 17, 64)
+    assert build(model="miniature-vit", layer=5)(frames())["tokens"].shape == (3, 37, 96)
 
 
 def test_a_layer_that_does_not_exist_is_refused_with_the_range() -> None:

@@ -297,7 +297,7 @@ def test_a_wrong_cache_or_a_folder_of_somebody_else_is_refused_before_anything_i
 def test_a_killed_ablation_goes_on_and_ends_bit_for_bit_the_same(
     settings: list[str], configure: Configure, cache: Path, tmp_path: Path, signal_number: int
 ) -> None:
-    out, sets = tmp_path / "out", [*settings, "train.max_steps=40", "train.epochs=100", "train.save_every=1"]
+    out, sets = tmp_path / "out", [*settings, "train.max_steps=16", "train.epochs=100", "train.save_every=1"]
     words = [*options(sets), "--cache", str(cache), "--out", str(out), "--device", "cpu", "--json"]
     command = [sys.executable, "-m", "pipeline.cli", "ablate", *words, "--vary", "train.lambda_kd=0,1"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -308,8 +308,8 @@ def test_a_killed_ablation_goes_on_and_ends_bit_for_bit_the_same(
     child.communicate()
     assert child.returncode == (75 if signal_number == signal.SIGTERM else -signal.SIGKILL)
     rows = json.loads(status.stdout)["variants"]
-    assert [(row["status"], row["steps"]) for row in rows] == [("waiting", 40)] * 2
-    assert all(3 - 1 <= row["step"] < 40 for row in rows)
+    assert [(row["status"], row["steps"]) for row in rows] == [("waiting", 16)] * 2
+    assert all(3 - 1 <= row["step"] < 16 for row in rows)
     config = apply(configure(), sets)
     result = run(config, cache, out, vary=["train.lambda_kd=0,1"])
     assert result["done"] == 2
