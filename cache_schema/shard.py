@@ -67,6 +67,16 @@ class Layout:
         """On disk: little-endian."""
         return np.dtype(self.info.spec.dtype).newbyteorder("<")
 
+    @property
+    def row_dtype(self) -> np.dtype[Any]:
+        """Of one element of a stored frame."""
+        return self.dtype
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of one stored frame."""
+        return self.info.spec.frame_shape
+
 
 @dataclass(frozen=True)
 class Record:
