@@ -11,6 +11,7 @@ use ``pread``.
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import mmap
 import os
@@ -162,7 +163,7 @@ def ask_for(opened: OpenShard, slots: Slots) -> None:
 def runs(slots: Slots, limit: int = 1 << 62) -> Iterator[tuple[int, int]]:
     """(first, count) of the stretches of consecutive slots, none longer than ``limit``, in the given order."""
     edges = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         first = int(slots[begin]) if end > begin else 0
         for done in range(0, end - begin, limit):
             yield first + done, min(limit, end - begin - done)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from crc32c import crc32c
 
 from cache_schema import files, metadata, reading, write
-from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheMissing, SegmentFailed
+from cache_schema.errors import CacheError, CacheMismatch, CacheMissing, SegmentFailed
 from cache_schema.index import STATUS, index_arrays, write_index
 from cache_schema.plan import Plan, Segment, Task, as_frames
 from cache_schema.planfile import PlanFiles
@@ -301,7 +301,9 @@ class FeatureStore:
         rows = self._plan_files.known.find(video_id, frame_index)
         for number, slots, _ in self._pieces(rows[rows >= 0]):
             opened = self._open_shard(number)
-            if opened is not None and opened.holds(slots) and self.io != "direct":
+            if opened is None or not opened.holds(slots) or self.io == "direct":
+                continue
+            if not reading.is_warm(opened, slots):
                 reading.ask_for(opened, slots)
 
     def _read_one(self, video_id: str, frame: object, out: Array) -> bool:

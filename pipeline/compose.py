@@ -29,7 +29,7 @@ from stages.config import PipelineConfig
 from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
 from stages.data.manifest import coverage, estimate, majority_answer
-from stages.data.samples import Availability, Batch, CachedSamples, available
+from stages.data.samples import Availability, Batch, CachedSamples, Request, available
 from stages.decode.evaluate import evaluate as answer
 from stages.decode.evaluate import read_predictions, resume
 from stages.decode.metrics import is_correct, score
@@ -136,7 +136,7 @@ def train(
     data = _available(config, samples, stores, cache, "train")
     run = RunFolder.create(out, config)
     checkpoint = run.load_latest()
-    train_set = CachedSamples(data.samples, *stores)
+    train_set = CachedSamples(data.samples, *stores, readers=config.data.reader_threads)
     trainer = build_trainer(config, train_set, device)
     state: dict[str, Any] = {"step": 0, "best": -1.0}
     if checkpoint is not None:
@@ -197,7 +197,7 @@ def open_stores(config: PipelineConfig, cache: Path, *, aligned: bool) -> list[F
         names = [name for name, _ in _shapes(config, which)]
         name = names[0] if which == "clip" else f"pooled/layer{config.teacher.layer}{_grid(config)}"
         command = _command(f"extract-{which}", config, cache)
-        store = FeatureStore.open(cache, name, help_command=command)
+        store = FeatureStore.open(cache, name, help_command=command, io=config.data.io)
         _refuse_other_features(store, config, which, command)
         opened.append(store)
     return opened
@@ -275,7 +275,7 @@ def _validation(
     if config.train.select == "last" or "val" not in dataset.splits:
         return None
     found = _available(config, _samples(dataset, "val"), stores[:1], cache, "val")
-    data = CachedSamples(found.samples, stores[0])
+    data = CachedSamples(found.samples, stores[0], readers=config.data.reader_threads)
 
     def top1() -> float:
         correct = 0
@@ -290,8 +290,8 @@ def _validation(
 
 
 def _batches(data: CachedSamples, positions: Sequence[int], size: int) -> Iterator[Batch]:
-    for first in range(0, len(positions), size):
-        yield data.batch(list(positions[first : first + size]))
+    cuts = [list(positions[first : first + size]) for first in range(0, len(positions), size)]
+    return data.batches(Request(cut, [0] * len(cut)) for cut in cuts)
 
 
 def _training_estimate(config: PipelineConfig, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def evaluate(
         return {"samples": len(samples), "videos": len({s.video_id for s in samples}), "published_n": published}
     stores = open_stores(config, cache, aligned=False)
     found = _available(config, samples, stores, cache, split)
-    data = CachedSamples(found.samples, stores[0])
+    data = CachedSamples(found.samples, stores[0], readers=config.data.reader_threads)
     loaded = run.load_checkpoint(checkpoint or "")
     decoder: Decoder = registry.load("decoder", config.decode.name)(config.decode, device=device)
     student = _student(config, stores[0].spec, decoder, device).eval()

@@ -56,6 +56,8 @@ class DataConfig(Config):
     draws: int = Field(1, ge=1)  # K cached random draws per segment for MSVD-QA training (D23)
     draw_seed: int = 0  # seed of those draws; the cache holds exactly these frames
     allow_missing: bool = False  # train or score on what the cache has, and say what is missing
+    io: Literal["auto", "mmap", "pread", "direct"] = "auto"  # how the cache is read: auto measures the disk. Speed only
+    reader_threads: int = Field(2, ge=1)  # threads that read the next batches ahead. Speed only
     follow_symlinks: bool = False  # a link that leaves the videos folder is refused unless set
     max_pixels: int = Field(50_000_000, ge=1)  # width × height of one frame; 8K is 33 M
     max_duration_s: float = Field(4 * 3600.0, gt=0)  # refused before decoding

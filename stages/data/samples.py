@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from cache_schema.errors import CacheMissing
 from cache_schema.store import FeatureStore
+from stages.data.loader import Frames, NotForked, Ring
 from stages.types import Sample
 
 
@@ -79,6 +83,14 @@ def available(samples: Sequence[Sample], stores: Sequence[FeatureStore]) -> Avai
     )
 
 
+@dataclass(frozen=True)
+class Request:
+    """Which samples make a batch: positions in ``CachedSamples.samples``, and the frame draw of each."""
+
+    positions: Sequence[int]
+    draws: Sequence[int]  # any integer; modulo the number of draws of the sample
+
+
 class CachedSamples:
     """Samples read from the cache on demand.
 
@@ -86,21 +98,49 @@ class CachedSamples:
         samples: what ``available`` kept.
         tokens: the CLIP store.
         pooled: the teacher store, or None where no alignment is trained.
+        readers: threads that read ahead in ``batches``.
     """
 
-    def __init__(self, samples: Sequence[Sample], tokens: FeatureStore, pooled: FeatureStore | None = None) -> None:
-        self.samples, self.tokens, self.pooled = tuple(samples), tokens, pooled
+    def __init__(
+        self, samples: Sequence[Sample], tokens: FeatureStore, pooled: FeatureStore | None = None, *, readers: int = 2
+    ) -> None:
+        self.samples, self.tokens, self.pooled, self.readers = tuple(samples), tokens, pooled, readers
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def batch(self, positions: Sequence[int], draws: Sequence[int] | None = None) -> Batch:
-        """Read the samples at ``positions``; ``draws`` chooses among each sample's frame draws (default: the first)."""
+        """Read the samples at ``positions`` into new memory; ``draws`` chooses among each sample's frame draws
+        (default: the first). The simple way, which ``batches`` is held equal to."""
         chosen = tuple(self.samples[i] for i in positions)
-        picks = [0] * len(chosen) if draws is None else draws
-        frames = [sample.draws[pick % len(sample.draws)] for sample, pick in zip(chosen, picks, strict=True)]
+        frames = self._frames(positions, [0] * len(chosen) if draws is None else draws)
         f = _stack(self.tokens, chosen, frames)
         return Batch(chosen, f, None if self.pooled is None else _stack(self.pooled, chosen, frames))
+
+    def batches(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
+        """The batches of a known order, read ahead by threads; each is valid until the next one is asked for.
+
+        A video is read once for all samples of a batch. Raises what ``FeatureStore.read`` raises, at the batch that
+        needs it. Closing the iterator ends the threads.
+        """
+        coming: deque[Request] = deque()
+
+        def frames() -> Iterator[Frames]:
+            for request in requests:
+                coming.append(request)
+                chosen = self._frames(request.positions, request.draws)
+                videos = [self.samples[position].video_id for position in request.positions]
+                yield Frames.of(list(zip(videos, chosen, strict=True)))
+
+        stores = [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
+        with Ring(stores, frames(), readers=self.readers, pin=torch.cuda.is_available()) as ring:
+            for tensors in ring:
+                chosen = tuple(self.samples[position] for position in coming.popleft().positions)
+                yield Batch(chosen, tensors[0], tensors[1] if len(tensors) > 1 else None)
+
+    def _frames(self, positions: Sequence[int], draws: Sequence[int]) -> list[Int[np.ndarray, " T"]]:
+        chosen = [self.samples[position] for position in positions]
+        return [sample.draws[draw % len(sample.draws)] for sample, draw in zip(chosen, draws, strict=True)]
 
     def target_mean(self) -> Float[Tensor, " D"]:
         """Mean of y* over the distinct frames of these samples, in float64 and returned as float32 (D4)."""
@@ -122,3 +162,23 @@ def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[
     for row, sample, index in zip(out, samples, frames, strict=True):
         store.read(sample.video_id, index, out=row)
     return torch.from_numpy(out)
+
+
+class SampleDataset(Dataset[dict[str, Any]]):
+    """The same samples for a ``DataLoader``, for those whose loop is built on one; ``CachedSamples.batches`` is faster.
+
+    An item is {"position", "f" [T, P, C], "y_star" [T, *D] where there is a teacher}: the first frame draw. Workers
+    must be spawned: ``DataLoader(..., multiprocessing_context="spawn")``; a forked one raises RuntimeError.
+    """
+
+    def __init__(self, data: CachedSamples) -> None:
+        self.data, self._process = data, NotForked()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        self._process.check()
+        batch = self.data.batch([range(len(self.data))[position]])
+        item = {"position": position, "f": batch.f[0]}
+        return item if batch.y_star is None else item | {"y_star": batch.y_star[0]}

@@ -7,9 +7,11 @@ stopped after any step continues bit for bit (on CPU).
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.config import AlignConfig, TrainConfig
-from stages.data.samples import Batch, CachedSamples
+from stages.data.samples import Batch, CachedSamples, Request
 from stages.train.alignment import Alignment
 from stages.train.student import Student, num_aligned_frames
 from stages.types import Decoder
@@ -76,6 +78,14 @@ def batch_positions(cfg: TrainConfig, schedule: Schedule, num_samples: int, step
     draws = rng.integers(0, 2**31, num_samples)
     chosen = order[inside * cfg.batch_size : (inside + 1) * cfg.batch_size]
     return chosen.tolist(), draws[chosen].tolist()
+
+
+def micro_batches(cfg: TrainConfig, schedule: Schedule, num_samples: int, step: int) -> list[Request]:
+    """The batch of a step as it is cut into forward passes."""
+    positions, draws = batch_positions(cfg, schedule, num_samples, step)
+    size = cfg.micro_batch or len(positions)
+    cuts = [slice(first, first + size) for first in range(0, len(positions), size)]
+    return [Request(positions[cut], draws[cut]) for cut in cuts]
 
 
 def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -153,20 +163,25 @@ class Trainer:
         loss.backward()
         return logged
 
-    def step(self, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, float]:
-        """One optimiser step; returns what is logged: losses, gradient norm, learning rate."""
-        positions, draws = batch_positions(self.cfg, schedule, len(data), step)
+    def step(
+        self, data: CachedSamples, step: int, schedule: Schedule, batches: Iterator[Batch] | None = None
+    ) -> dict[str, float]:
+        """One optimiser step; returns what is logged: losses, gradient norm, learning rate.
+
+        ``batches`` gives the micro-batches of this step, and of the following ones, where they are read ahead.
+        """
+        requests = micro_batches(self.cfg, schedule, len(data), step)
+        positions = [position for request in requests for position in request.positions]
+        batches = batches or (data.batch(request.positions, request.draws) for request in requests)
         lr = schedule.lr(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        size = self.cfg.micro_batch or len(positions)
         answer_tokens = self.decoder.count_answer_tokens([data.samples[i].answer for i in positions])
         totals: dict[str, float] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.seed * 1_000_003 + step)  # dropout masks: a function of (seed, step)
-            for first in range(0, len(positions), size):
-                batch = data.batch(positions[first : first + size], draws[first : first + size])
+            for batch in itertools.islice(batches, len(requests)):
                 parts = self.accumulate(batch, answer_tokens=answer_tokens, num_samples=len(positions))
                 for key, value in parts.items():
                     totals[key] = totals.get(key, 0.0) + value
@@ -241,22 +256,26 @@ def train(
     schedule = make_schedule(trainer.cfg, len(data))
     trainer.student.train()
     started, last = time.monotonic(), {}
-    for step in range(first_step, schedule.total_steps):
-        last = trainer.step(data, step, schedule)
-        done = step + 1
-        epoch_ends = done % schedule.steps_per_epoch == 0 or done == schedule.total_steps
-        record: dict[str, Any] = {"step": done, "epoch": step // schedule.steps_per_epoch, **last}
-        is_best = False
-        if epoch_ends and validate is not None:
-            trainer.student.eval()
-            record["val_top1"] = accuracy = validate()
-            trainer.student.train()
-            is_best, best = accuracy > best, max(accuracy, best)
-        log(record)
-        progress(done, schedule.total_steps, f"loss {last['loss_ce']:.3f}")
-        due = done % trainer.cfg.save_every == 0 if trainer.cfg.save_every else epoch_ends
-        if due or is_best or done == schedule.total_steps:
-            save(done, trainer.checkpoint(), {"step": done, "best": best, "is_best": is_best})
+    steps = range(first_step, schedule.total_steps)
+    # The order is a function of (seed, epoch): the next batches are read while this one is learnt from.
+    batches = data.batches(r for step in steps for r in micro_batches(trainer.cfg, schedule, len(data), step))
+    with contextlib.closing(batches):
+        for step in steps:
+            last = trainer.step(data, step, schedule, batches)
+            done = step + 1
+            epoch_ends = done % schedule.steps_per_epoch == 0 or done == schedule.total_steps
+            record: dict[str, Any] = {"step": done, "epoch": step // schedule.steps_per_epoch, **last}
+            is_best = False
+            if epoch_ends and validate is not None:
+                trainer.student.eval()
+                record["val_top1"] = accuracy = validate()
+                trainer.student.train()
+                is_best, best = accuracy > best, max(accuracy, best)
+            log(record)
+            progress(done, schedule.total_steps, f"loss {last['loss_ce']:.3f}")
+            due = done % trainer.cfg.save_every == 0 if trainer.cfg.save_every else epoch_ends
+            if due or is_best or done == schedule.total_steps:
+                save(done, trainer.checkpoint(), {"step": done, "best": best, "is_best": is_best})
     return {
         "steps": schedule.total_steps,
         "first_step": first_step,

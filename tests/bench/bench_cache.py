@@ -1,6 +1,6 @@
 """How near the cache is to memory: every row against a floor in the same process, interleaved, medians.
 
-    python -m tests.bench.bench_cache --json [--dir FOLDER] [--rows warm,ring,write,int8,cold,verify,scale] [--rounds 25]
+    python -m tests.bench.bench_cache --json [--dir FOLDER] [--rows warm,ring,write,int8,cold] [--rounds 25]
 
 The last line is one JSON object; 1.0 means as fast as the floor of the row. A video is 100 × 257 × 1408 float16.
 Folder: real disk for the cold and the write row; it needs 3 GB and is left empty.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cache_schema import FeatureSpec, FeatureStore, Segment, SegmentResult
 from tests.bench.measure import Comparison, compare
@@ -41,7 +42,7 @@ SPEC = FeatureSpec(
     frame_rule="10 fps grid, nearest by presentation time",
     decoder="PyAV 18",
 )
-Array = np.ndarray[Any, Any]
+Array = npt.NDArray[Any]
 
 
 def video_features(seed: int) -> Array:
