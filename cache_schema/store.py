@@ -23,6 +23,7 @@ from cache_schema.errors import CacheError, CacheMismatch, CacheMissing, Segment
 from cache_schema.index import STATUS, index_arrays, write_index
 from cache_schema.plan import Plan, Segment, Task, as_frames
 from cache_schema.planfile import PlanFiles
+from cache_schema.quantize import ChannelScale
 from cache_schema.report import Missing, TaskReport, VideoStatus
 from cache_schema.shard import Layout, Shard, identity_of, read_records, read_shard, read_stats
 from cache_schema.spec import FeatureSpec
@@ -96,10 +97,12 @@ class FeatureStore:
         *,
         shard_frames: int = 1024,
         help_command: str = "",
+        channel_scale: ChannelScale | None = None,
     ) -> FeatureStore:
         """Make the modality, or open it for writing and check that it was made with this spec.
 
-        An existing store keeps its own ``shard_frames``. Partial files of dead writers of this host are removed.
+        A new int8 modality needs ``channel_scale`` (cache_schema.quantize); one that exists keeps its own. An existing
+        store keeps its own ``shard_frames``. Partial files of dead writers of this host are removed.
 
         Raises:
             CacheMismatch: it exists with another spec (the differing fields are listed), another modality of the store
@@ -113,7 +116,8 @@ class FeatureStore:
             metadata.create_group(store, shard_frames)
             shard_frames = metadata.read_group(store)
             _check_frame_rule(store, modality, spec, shard_frames)
-            metadata.create_array(metadata.ArrayInfo(store, modality, spec, shard_frames))
+            if not (store / modality / "zarr.json").exists():
+                metadata.create_array(metadata.ArrayInfo(store, modality, spec, shard_frames, channel_scale))
             opened = cls.open(store, modality, spec, help_command=help_command)
             for folder in (store, store / "plan", *(store / part for part in metadata.path_to(modality))):
                 files.sweep(folder)
@@ -277,6 +281,22 @@ class FeatureStore:
             CacheMissing: a frame is not planned, not extracted, or its video failed; the message says which and why.
             CacheCorrupt: naming shard, video and frame.
         """
+        scale = self.layout.info.channel_scale
+        if scale is None:
+            return self.read_stored(video_id, frame_index, out, verify=verify)
+        shape = (len(frame_index), *self.spec.frame_shape)
+        features = np.empty(shape, np.float16) if out is None else out
+        if features.shape != shape or features.dtype != np.float16:
+            raise ValueError(f"out must be a float16 array {shape}, not {features.dtype} {features.shape}")
+        scale.dequantize(self.read_stored(video_id, frame_index, verify=verify), features)
+        return features
+
+    @_with_help
+    def read_stored(
+        self, video_id: str, frame_index: FrameIndex, out: Array | None = None, *, verify: bool = False
+    ) -> Array:
+        """``read`` without dequantising: rows uint8 [n, frame_bytes] of an int8 store (``quantize.split`` gives scales
+        and numbers, ``layout.info.channel_scale`` the rest), the features themselves of any other."""
         out = self._output(out, len(frame_index))
         if len(frame_index) == 1 and not verify and self._read_one(video_id, frame_index[0], out):
             return out
@@ -368,7 +388,10 @@ class FeatureStore:
         return CacheMissing(f"{self.path}/{self.modality} cannot give video {video_id!r}: {why}.\nExtract with:")
 
     def buffer(self, count: int) -> Array:
-        """An array [count, *frame_shape] to give to ``read`` again and again: nothing is read faster into another."""
+        """Rows to give to ``read_stored`` again and again: nothing is read faster into another array.
+
+        [count, *frame_shape], so also for ``read``; bytes [count, frame_bytes] of an int8 store.
+        """
         return reading.new_buffer(self.layout, count)
 
     def _output(self, out: Array | None, count: int) -> Array:

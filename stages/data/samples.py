@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from cache_schema.errors import CacheMissing
 from cache_schema.store import FeatureStore
-from stages.data.loader import Frames, NotForked, Ring
+from stages.data.loader import Frames, NotForked, Ring, features
 from stages.types import Sample
 
 
@@ -134,7 +134,8 @@ class CachedSamples:
 
         stores = [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
         with Ring(stores, frames(), readers=self.readers, pin=torch.cuda.is_available()) as ring:
-            for tensors in ring:
+            for stored in ring:
+                tensors = [features(rows, store) for rows, store in zip(stored, stores, strict=True)]
                 chosen = tuple(self.samples[position] for position in coming.popleft().positions)
                 yield Batch(chosen, tensors[0], tensors[1] if len(tensors) > 1 else None)
 
@@ -158,7 +159,7 @@ class CachedSamples:
 
 def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[np.ndarray, " T"]]) -> Tensor:
     """One array [B, T, …] filled in place, so that the features are copied once."""
-    out = np.empty((len(samples), len(frames[0]), *store.spec.frame_shape), dtype=store.spec.dtype)
+    out = np.empty((len(samples), len(frames[0]), *store.spec.frame_shape), dtype=store.spec.feature_dtype)
     for row, sample, index in zip(out, samples, frames, strict=True):
         store.read(sample.video_id, index, out=row)
     return torch.from_numpy(out)

@@ -9,19 +9,22 @@ Folder: real disk for the cold and the write row; it needs 3 GB and is left empt
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from cache_schema import FeatureSpec, FeatureStore, Segment, SegmentResult
+from cache_schema import FeatureSpec, FeatureStore, Segment, SegmentResult, reading
 from tests.bench.measure import Comparison, compare
 
 VIDEOS, FRAMES, SHAPE = 8, 100, (257, 1408)
@@ -45,12 +48,16 @@ SPEC = FeatureSpec(
 Array = npt.NDArray[Any]
 
 
-def video_features(seed: int) -> Array:
-    """One video [100, 257, 1408] float16: token-wise normal numbers with log-normal channel gains, as in a ViT."""
-    rng = np.random.default_rng(seed)
-    gains = np.exp(np.random.default_rng(1).normal(0, 0.8, SHAPE[1])).astype(np.float32)
-    block = rng.standard_normal((10, *SHAPE), np.float32) * gains
-    return np.concatenate([np.roll(block, turn, axis=1) for turn in range(FRAMES // 10)]).astype(np.float16)
+@functools.cache
+def _block() -> Array:
+    rng = np.random.default_rng(0)
+    gains = np.exp(rng.normal(0, 0.8, SHAPE[1])).astype(np.float32)  # log-normal channel gains, as in a ViT
+    return (rng.standard_normal((10, *SHAPE), np.float32) * gains).astype(np.float16)
+
+
+def video_features(number: int) -> Array:
+    """One video [100, 257, 1408] float16; every token of a block is another one in every repeat."""
+    return np.concatenate([np.roll(_block(), 10 * number + turn, axis=1) for turn in range(FRAMES // 10)])
 
 
 def make_store(path: Path, videos: int = VIDEOS) -> FeatureStore:
@@ -125,7 +132,120 @@ def warm(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
     yield "warm_frame", compare(ways, floor="memmap", rounds=rounds, calls=400)
 
 
-ROWS = {"warm": warm}
+def ring(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
+    """16 whole videos: two reader threads, against two threads that only copy, and against a loop over a memmap."""
+    from stages.data.loader import Frames, Ring
+
+    store, plain = FeatureStore.open(folder / "store", "tokens"), memmap(folder / "plain")
+    items = [Frames.of([(f"v{number % VIDEOS}", np.arange(FRAMES))]) for number in range(16)]
+    buffers = [store.buffer(FRAMES) for _ in range(4)]  # as many as the ring has
+    out = np.zeros((FRAMES, *SHAPE), np.float16)
+    pool = ThreadPoolExecutor(2)
+
+    def copy(number: int) -> None:
+        first = number % VIDEOS * FRAMES
+        np.copyto(buffers[number % 4], plain[first : first + FRAMES])
+
+    def loop(_: int) -> None:
+        for number in range(16):
+            first = number % VIDEOS * FRAMES
+            np.copyto(out, plain[first : first + FRAMES])
+
+    def ours(_: int) -> None:
+        for _ in kept:
+            pass
+
+    def endless() -> Iterator[Frames]:
+        while True:
+            yield from items
+
+    with Ring([store], endless(), readers=2) as endless_ring:
+        # Buffers are made once in a run, not once a round; the ring runs ahead by its four places in every round alike.
+        kept = _Every16(endless_ring)
+        ours(0)
+        ways: dict[str, Callable[[int], object]] = {
+            "memcpy, 2 threads": lambda _: list(pool.map(copy, range(16))),
+            "memmap loop": loop,
+            "ours": ours,
+        }
+        found = compare(ways, floor="memcpy, 2 threads", rounds=rounds)
+    pool.shutdown()
+    yield "ring2_vs_memcpy2", found
+    yield "ring2_vs_memmap_loop", found.against("memmap loop")
+    gigabytes = 16 * FRAMES * FRAME_BYTES / 1e9
+    print(f"ring: {found.timings['ours'].cpu / gigabytes:.3f} processor seconds per GB", file=sys.stderr)
+
+
+class _Every16:
+    def __init__(self, ring: Iterator[object]) -> None:
+        self.ring = ring
+
+    def __iter__(self) -> Iterator[object]:
+        return itertools.islice(self.ring, 16)
+
+
+def write(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
+    """Two videos into a committed shard with crc32c of every frame, against pwrite and fsync of the same bytes."""
+    videos = [video_features(number) for number in range(2)]
+    target = folder / "written"
+
+    def raw(_: int) -> None:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        for number, video in enumerate(videos):
+            for frame in range(FRAMES):
+                os.pwrite(descriptor, video[frame].data.cast("B"), (number * FRAMES + frame) * FRAME_BYTES)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def ours(_: int) -> None:
+        store = FeatureStore.create(target, "tokens", SPEC)
+        store.extend_plan({f"v{number}": range(FRAMES) for number in range(2)})
+        for task in store.pending():
+            store.write_task(task, lambda s: SegmentResult(iter([videos[int(s.video_id[1:])]])))
+
+    def remove() -> None:
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.unlink(missing_ok=True)
+        os.sync()
+
+    yield "write_vs_pwrite", compare({"pwrite": raw, "ours": ours}, floor="pwrite", rounds=rounds, before=remove)
+    remove()
+
+
+def cold(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
+    """The files are dropped from the page cache before every read (needs a real disk)."""
+    os.sync()
+    shard = next(path for path in (folder / "store" / "tokens" / "c" / "0").rglob("*") if path.is_file())
+    out = np.zeros((FRAMES, *SHAPE), np.float16)
+
+    def drop() -> None:
+        for path in (shard, folder / "plain"):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+    def by_memmap(number: int, step: int) -> None:
+        plain = memmap(folder / "plain")  # opened anew: pages that are mapped are not dropped
+        first = number % VIDEOS * FRAMES
+        np.copyto(out[: FRAMES // step], plain[first : first + FRAMES : step])
+
+    def ours(number: int, step: int, io: reading.Io) -> None:
+        store = FeatureStore.open(folder / "store", "tokens", io=io)
+        buffer = buffers.setdefault(step, store.buffer(FRAMES // step))
+        store.read(f"v{number % VIDEOS}", np.arange(0, FRAMES, step), out=buffer)
+
+    buffers: dict[int, Array] = {}
+    drop()
+    ours(0, 1, "auto")  # the probe of this disk
+    for name, step, floor in (("cold_strided", 5, "memmap"), ("cold_whole", 1, "pread")):
+        ways: dict[str, Callable[[int], object]] = {"memmap": functools.partial(by_memmap, step=step)}
+        for io in get_args(reading.Io):
+            ways["ours" if io == "auto" else io] = functools.partial(ours, step=step, io=io)
+        yield name, compare(ways, floor=floor, rounds=rounds, before=drop)
+
+
+ROWS = {"warm": warm, "ring": ring, "write": write, "cold": cold}
 
 
 def main() -> None:

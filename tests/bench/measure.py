@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,17 @@ class Comparison:
     timings: Mapping[str, Timing]
     speed: Mapping[str, float]  # by the wall clock
     speed_cpu: Mapping[str, float]
+    rounds: Mapping[str, tuple[list[float], list[float]]] = field(repr=False)  # wall and processor seconds of each
+
+    def against(self, floor: str) -> Comparison:
+        """The same rounds with another way as the floor."""
+        wall, cpu = self.rounds[floor]
+        return Comparison(
+            self.timings,
+            {name: _ratio(wall, times) for name, (times, _) in self.rounds.items()},
+            {name: _ratio(cpu, times) for name, (_, times) in self.rounds.items()},
+            self.rounds,
+        )
 
 
 def compare(
@@ -58,11 +69,8 @@ def compare(
             if number:
                 wall[name].append(seconds / calls)
                 cpu[name].append(cpu_seconds / calls)
-    return Comparison(
-        {name: Timing(statistics.median(wall[name]), statistics.median(cpu[name])) for name in names},
-        {name: _ratio(wall[floor], wall[name]) for name in names},
-        {name: _ratio(cpu[floor], cpu[name]) for name in names},
-    )
+    timings = {name: Timing(statistics.median(wall[name]), statistics.median(cpu[name])) for name in names}
+    return Comparison(timings, {}, {}, {name: (wall[name], cpu[name]) for name in names}).against(floor)
 
 
 def _ratio(floor: list[float], other: list[float]) -> float:
