@@ -40,7 +40,7 @@ class Int8Codec(ArrayBytesCodec):
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         shape = chunk_spec.shape
         rows = np.asarray(chunk_data.as_numpy_array()).view(np.uint8).reshape(shape[0], row_bytes(shape[1:]))
-        features = np.empty(shape, np.float16)
+        features: Any = np.empty(shape, np.float16)
         self._scale(chunk_spec).dequantize(rows, features)
         return chunk_spec.prototype.nd_buffer.from_ndarray_like(features)
 

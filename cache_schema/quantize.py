@@ -132,7 +132,7 @@ def measure(scale: ChannelScale, frames: Array) -> tuple[float, float]:
     scale.dequantize(scale.quantize(frames), stored)
     wanted = frames.reshape(-1, frames.shape[-1]).astype(np.float64)
     got = stored.reshape(-1, frames.shape[-1]).astype(np.float64)
-    error = np.linalg.norm((got - wanted) / scale.values) / max(np.linalg.norm(wanted / scale.values), 1e-300)
+    lost, all_of_it = (float(np.linalg.norm(x / scale.values)) for x in (got - wanted, wanted))
     length = np.linalg.norm(wanted, axis=1) * np.linalg.norm(got, axis=1)
     cosine = (wanted * got).sum(1)[length > 0] / length[length > 0]
-    return float(error), float(cosine.min(initial=1.0))
+    return lost / max(all_of_it, 1e-300), float(cosine.min(initial=1.0))

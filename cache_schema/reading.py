@@ -194,7 +194,7 @@ def _collides(opened: OpenShard, out: Array) -> bool:
     """
     if opened.words is None or out.strides[0] == opened.layout.stride:
         return False
-    address = out.__array_interface__["data"][0]
+    address: int = out.__array_interface__["data"][0]
     if len(out) == 1:
         return 0 < address % PAGE < 32
     return any(0 < (address + at * out.strides[0]) % PAGE < 32 for at in range(min(len(out), 16)))

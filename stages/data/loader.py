@@ -94,7 +94,8 @@ class _Buffer:
             for target, row in zip(self._gathered, frames.rows.ravel().tolist(), strict=False):
                 target[...] = rows[row]
             rows = self._gathered[: frames.rows.size]
-        return torch.from_numpy(rows).unflatten(0, frames.rows.shape)
+        batch: Tensor = torch.from_numpy(rows).unflatten(0, frames.rows.shape)
+        return batch
 
     def _new(self, count: int) -> Array:
         if not self.pin:
@@ -243,7 +244,7 @@ def features(stored: Tensor, store: FeatureStore) -> Tensor:
     scale_bytes = 2 * int(np.prod(shape[:-1]))
     token_scale = stored[..., :scale_bytes].contiguous().view(torch.float16).unflatten(-1, shape[:-1])
     q = stored[..., scale_bytes:].view(torch.int8).unflatten(-1, shape)
-    x = q.float().mul_(token_scale.float().unsqueeze(-1))
+    x: Tensor = q.float().mul_(token_scale.float().unsqueeze(-1))
     return x.mul_(torch.from_numpy(scale.values).to(stored.device)).half()
 
 

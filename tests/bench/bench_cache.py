@@ -9,6 +9,7 @@ Folder: real disk for the cold and the write row; it needs 3 GB and is left empt
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -24,7 +25,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from cache_schema import FeatureSpec, FeatureStore, Segment, SegmentResult, reading
+from cache_schema import ChannelScale, FeatureSpec, FeatureStore, Segment, SegmentResult, calibrate, reading
 from tests.bench.measure import Comparison, compare
 
 VIDEOS, FRAMES, SHAPE = 8, 100, (257, 1408)
@@ -60,10 +61,10 @@ def video_features(number: int) -> Array:
     return np.concatenate([np.roll(_block(), 10 * number + turn, axis=1) for turn in range(FRAMES // 10)])
 
 
-def make_store(path: Path, videos: int = VIDEOS) -> FeatureStore:
-    """A committed store of ``videos`` videos named v0, v1, …"""
-    store = FeatureStore.create(path, "tokens", SPEC)
-    store.extend_plan({f"v{number}": range(FRAMES) for number in range(videos)})
+def make_store(path: Path, spec: FeatureSpec = SPEC, channel_scale: ChannelScale | None = None) -> FeatureStore:
+    """A committed store of videos named v0, v1, …"""
+    store = FeatureStore.create(path, "tokens", spec, channel_scale=channel_scale)
+    store.extend_plan({f"v{number}": range(FRAMES) for number in range(VIDEOS)})
     for task in store.pending():
         store.write_task(task, _produce)
     return store
@@ -73,10 +74,10 @@ def _produce(segment: Segment) -> SegmentResult[Array]:
     return SegmentResult(iter([video_features(int(segment.video_id[1:]))]))
 
 
-def make_plain(path: Path, videos: int = VIDEOS) -> Path:
+def make_plain(path: Path) -> Path:
     """The same numbers as one bare array file, which is what ``np.memmap`` reads."""
     with path.open("wb") as file:
-        for number in range(videos):
+        for number in range(VIDEOS):
             file.write(video_features(number).tobytes())
     return path
 
@@ -213,6 +214,27 @@ def write(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
     remove()
 
 
+def int8(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
+    """Whole videos as int8 and scales: the same numbers in half the bytes, against float16 from a memmap."""
+    spec = dataclasses.replace(SPEC, dtype="int8")
+    scale = calibrate(np.concatenate([video_features(number)[:20] for number in range(2)]))
+    store = make_store(folder / "int8", spec=spec, channel_scale=scale)
+    plain, whole = memmap(folder / "plain"), np.arange(FRAMES)
+    plain_out, out = np.zeros((FRAMES, *SHAPE), np.float16), store.buffer(FRAMES)
+
+    def floor(n: int) -> None:
+        first = n % VIDEOS * FRAMES
+        np.copyto(plain_out, plain[first : first + FRAMES])
+
+    for number in range(VIDEOS):
+        floor(number)
+        store.read_stored(f"v{number}", whole, out=out)
+    ways = {"memmap": floor, "ours": lambda n: store.read_stored(f"v{n % VIDEOS}", whole, out=out)}
+    print(f"int8: held-out error {scale.error:.4f}, smallest cosine {scale.min_cosine:.5f}", file=sys.stderr)
+    yield "int8_vs_memmap", compare(ways, floor="memmap", rounds=rounds, calls=4)
+    shutil.rmtree(folder / "int8")
+
+
 def cold(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
     """The files are dropped from the page cache before every read (needs a real disk)."""
     os.sync()
@@ -245,7 +267,7 @@ def cold(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
         yield name, compare(ways, floor=floor, rounds=rounds, before=drop)
 
 
-ROWS = {"warm": warm, "ring": ring, "write": write, "cold": cold}
+ROWS = {"warm": warm, "ring": ring, "write": write, "int8": int8, "cold": cold}
 
 
 def main() -> None:
@@ -279,6 +301,7 @@ def report(name: str, found: Comparison, *, quiet: bool) -> dict[str, object]:
                 f"× {found.speed[way]:.3f}  cpu × {found.speed_cpu[way]:.3f}",
                 file=sys.stderr,
             )
+    sys.stderr.flush()
     return {name: round(found.speed["ours"], 3), f"{name}_cpu": round(found.speed_cpu["ours"], 3)}
 
 
