@@ -92,10 +92,10 @@ def test_02_a_signal_drops_the_shard_at_hand_and_exits_75_and_the_next_run_ends_
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 160 kB: one shard of 16 frames of 37 tokens, and a half."""
+    """A disk of 300 kB: one shard of 180 kB, and a half."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small tmpfs cannot be mounted here")
     yield folder
@@ -193,6 +193,6 @@ def test_42_a_batch_too_large_is_halved_once_and_the_store_is_the_same(
     assert verify.full(tokens) == []
     other = Small(encoder, 1, error)
     with pytest.raises((MemoryError, RuntimeError)) as caught:
-        encode(other, torch.zeros(5, 3, 40, 60, dtype=torch.uint8))
+        encode(other, torch.zeros(5, 3, 40, 40, dtype=torch.uint8))
     assert other.sizes == [5, 2]
-    assert "2 frames of 60x40 at once" in "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert "2 frames of 40x40 at once" in "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
