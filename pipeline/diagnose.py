@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def diagnose(
     progress(1, 3, "banks and attention")
     readings = _readings(trainer.student, batches)
     progress(2, 3, "operations")
-    result = {
+    result: dict[str, Any] = {
         "format": FORMAT,
         "checkpoint": loaded.path.name,
         "split": split,
@@ -177,7 +178,7 @@ def _operations(config: PipelineConfig, trainer: Trainer, data: CachedSamples) -
         batch = CachedSamples(data.samples[:1], data.tokens, data.pooled if trainer.alignment else None).batch([0])
         tokens = trainer.decoder.count_answer_tokens(batch.answers)
         trainer.student.train()
-        trainer.accumulate(batch, answer_tokens=tokens, num_samples=1)
+        trainer.accumulate(batch, step=0, first=0, answer_tokens=tokens, num_samples=1)
 
     counted: dict[str, Any] = {"training_sample": _count(one_sample)}
     for kind, name in (("encoder", config.clip.source), ("teacher", config.teacher.name)):
@@ -190,7 +191,7 @@ def _operations(config: PipelineConfig, trainer: Trainer, data: CachedSamples) -
             counted[f"{kind}_frame"], counted[f"{kind}_reason"] = None, str(error).splitlines()[0]
             continue
         frame = np.zeros((1, 64, 64, 3), np.uint8)
-        counted[f"{kind}_frame"] = _count(lambda encoder=encoder, frame=frame: encoder(frame))
+        counted[f"{kind}_frame"] = _count(partial(encoder, frame))
     return counted
 
 

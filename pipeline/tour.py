@@ -92,7 +92,7 @@ def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:
     return {key: report[key] for key in ("n", "correct", "top1", "videos", "by_video")}
 
 
-def _silent(_done: int, _total: int, _what: str) -> None:
+def _silent(done: int, total: int, what: str) -> None:
     pass
 
 

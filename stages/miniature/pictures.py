@@ -46,4 +46,4 @@ def pictures(seed: int, *, videos: int, per_video: int) -> Pictures:
 
 def _resized(frames: UInt8[np.ndarray, "n h w 3"], size: int) -> UInt8[torch.Tensor, "n 3 size size"]:
     images = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    return resize_image(images, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return resize_image(images, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)  # type: ignore[no-any-return]

@@ -45,7 +45,7 @@ def asked(spec: VideoSpec, draw: random.Random) -> list[Asked]:
     found: list[Asked] = []
     for task, label in labels(spec).items():
         style = "malmm" if draw.random() < 0.7 else "paper"
-        found.append(("glow" if task == "first" else task, task, lvu_prompt(task, style), label))
+        found.append(("glow" if task == "first" else task, task, lvu_prompt(task, style), label))  # type: ignore[arg-type]
     for kind, question, answer in (*questions(spec), *fine_questions(spec)):
         fact = next(fact for words, fact in QUESTION_FACTS.items() if words in question)
         found.append((fact, f"{kind}: {fact}", PROMPT.format(clean_question(question)), answer))
@@ -96,7 +96,7 @@ def train_llm(*, steps: int, batch: int = 32, log: Callable[[str], None] = print
         recent.append(float(answer_loss.detach()))
         if step % 200 == 199 or step == steps - 1:
             log(f"llm {step + 1}/{steps} answer loss {sum(recent[-200:]) / len(recent[-200:]):.4f}")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def train_vae(
             log(f"vae {step + 1}/{steps} loss {float(loss):.4f}")
     vae = vae.eval().requires_grad_(False)
     _give_unit_variance(vae, latents_of(vae, images[:4096]))
-    return vae
+    return vae  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def train_dit(
     with torch.no_grad():
         for slow, fast in zip(mean, dit.parameters(), strict=True):
             fast.copy_(slow)
-    return dit.requires_grad_(False)
+    return dit.requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def _give_unit_variance(vae: AutoencoderKL, latents: Float[Tensor, "n c s s"]) -> None:
@@ -111,11 +111,12 @@ def _give_unit_variance(vae: AutoencoderKL, latents: Float[Tensor, "n c s s"]) -
     count = len(mean)
     with torch.no_grad():
         quant, back = vae.quant_conv, vae.post_quant_conv
-        back.bias.add_(back.weight[:, :, 0, 0] @ mean)
-        back.weight.mul_(std.view(1, -1, 1, 1))
-        quant.weight[:count].div_(std.view(-1, 1, 1, 1))
-        quant.bias[:count].sub_(mean).div_(std)
-        quant.bias[count:].sub_(2 * std.log())  # log variance of the posterior
+        back.bias.add_(back.weight[:, :, 0, 0] @ mean)  # type: ignore[union-attr]
+        back.weight.mul_(std.view(1, -1, 1, 1))  # type: ignore[union-attr]
+        quant.weight[:count].div_(std.view(-1, 1, 1, 1))  # type: ignore[union-attr]
+        quant.bias[:count].sub_(mean).div_(std)  # type: ignore[index, union-attr]
+        # The second half is the log variance of the posterior.
+        quant.bias[count:].sub_(2 * std.log())  # type: ignore[index, union-attr]
 
 
 def _unit(images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:

@@ -42,7 +42,8 @@ def whitening_of(covariance: Float[Tensor, "D D"], floor: float = 1e-3) -> Float
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     scale = values.clamp_min(0).add(floor * values.mean()).rsqrt()
-    return ((vectors * scale) @ vectors.T).to(covariance.dtype)
+    white: Tensor = ((vectors * scale) @ vectors.T).to(covariance.dtype)
+    return white
 
 
 class Alignment(nn.Module):

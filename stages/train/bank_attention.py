@@ -121,8 +121,8 @@ class _InPlace(torch.autograd.Function):
             part = None if mask is None else mask[..., :used]
             step = t - first
             if factors is None:
-                four = [rows.unflatten(0, (-1, num_heads)) for rows in (queries[step], keys, values)]
-                out[step] = F.scaled_dot_product_attention(*four, attn_mask=part).flatten(0, 1)
+                here, k, v = (rows.unflatten(0, (-1, num_heads)) for rows in (queries[step], keys, values))
+                out[step] = F.scaled_dot_product_attention(here, k, v, attn_mask=part).flatten(0, 1)
             else:
                 probs = _probabilities(queries[step] * queries.shape[-1] ** -0.5, keys, part, num_heads)
                 out[step] = torch.bmm(probs.mul_(factors(step)[..., :used]), values)
@@ -296,12 +296,14 @@ def _add_product(total: Float[Tensor, "H S d"], left: Float[Tensor, "H S A"], ri
 def split_heads(x: Float[Tensor, "T B N G"], num_heads: int, parts: int = 1) -> Float[Tensor, "T z H N d"]:
     """[T, B, N, parts · E] to [T, parts, B · heads, N, d], contiguous: every product over heads is one batch."""
     split = x.unflatten(-1, (parts, num_heads, -1)).permute(0, 3, 1, 4, 2, 5)
-    return split.contiguous().flatten(2, 3)
+    heads: Tensor = split.contiguous().flatten(2, 3)
+    return heads
 
 
 def join_heads(x: Float[Tensor, "T z H N d"], num_heads: int) -> Float[Tensor, "T B N G"]:
     """The inverse of ``split_heads``."""
-    return x.unflatten(2, (-1, num_heads)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    joined: Tensor = x.unflatten(2, (-1, num_heads)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    return joined
 
 
 def _padding_mask(keep: Bool[Tensor, "B N"], num_slots: int, dtype: torch.dtype) -> Float[Tensor, "B 1 1 S"]:

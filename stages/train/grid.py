@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stages.config import TrainConfig
 from stages.data.samples import Batch, CachedSamples
+from stages.train import diagnostics
 from stages.train.loop import (
     Log,
     Save,
@@ -95,7 +96,7 @@ def train_together(
         if active:
             _step(active, data, step, schedules, leave)
         for entrant in [e for e in active if e in running]:
-            last[entrant.name] = _end_step(entrant, step, schedules[entrant.name])
+            last[entrant.name] = _end_step(entrant, data, step, schedules[entrant.name])
         progress(step + 1, end, f"{len(running)} students")
     seconds = time.monotonic() - started
     return {name: {"steps": schedules[name].total_steps, "seconds": seconds, **facts} for name, facts in last.items()}
@@ -175,8 +176,8 @@ def _take_turn(entrant: Entrant, batch: Batch, *, is_last: bool, step: int, **fa
     return None
 
 
-def _end_step(entrant: Entrant, step: int, schedule: Schedule) -> dict[str, Any]:
-    """Validation, record and checkpoint, as ``loop.train`` does them."""
+def _end_step(entrant: Entrant, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, Any]:
+    """Validation, record, diagnostics and checkpoint, as ``loop.train`` does them."""
     done, cfg = step + 1, entrant.trainer.cfg
     epoch_ends = done % schedule.steps_per_epoch == 0 or done == schedule.total_steps
     record: dict[str, Any] = {"step": done, "epoch": step // schedule.steps_per_epoch, **entrant.logged}
@@ -186,6 +187,8 @@ def _end_step(entrant: Entrant, step: int, schedule: Schedule) -> dict[str, Any]
         record["val_top1"] = accuracy = entrant.validate()
         entrant.trainer.student.train()
         is_best, entrant.best = accuracy > entrant.best, max(accuracy, entrant.best)
+    if diagnostics.probe_due(done, schedule.total_steps, batch_size=cfg.batch_size, num_samples=len(data)):
+        record |= entrant.trainer.probe(data)
     entrant.log(record)
     due = done % cfg.save_every == 0 if cfg.save_every else epoch_ends
     if due or is_best or done == schedule.total_steps:

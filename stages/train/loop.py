@@ -224,7 +224,8 @@ class Trainer:
         longest = max(sample.draws.shape[1] for sample in data.samples)
         wanted = num_aligned_frames(self.align_cfg.frames, longest) if self.alignment is not None else 1
         text = self.student.tokenize([sample.prompt for sample in data.samples])[0].shape[1]
-        shape = budget.Shape(longest, wanted, *data.tokens.spec.frame_shape, text)
+        tokens, width = data.tokens.spec.frame_shape
+        shape = budget.Shape(longest, wanted, tokens, width, text)
         return min(batch_size, budget.largest_batch(self.student, shape, budget.parse_bytes(self.cfg.memory)))
 
     def cuts(self, data: CachedSamples, step: int, schedule: Schedule) -> list[tuple[list[int], list[int]]]:

@@ -67,7 +67,8 @@ class Questions:
 
     def apart(self, x: Float[Tensor, "T V A E"]) -> Float[Tensor, "T B Q E"]:
         """The inverse."""
-        return x.unflatten(2, (self.sample.shape[1], -1))[:, self.window, self.place]
+        apart: Tensor = x.unflatten(2, (self.sample.shape[1], -1))[:, self.window, self.place]
+        return apart
 
 
 def hidden_states(

@@ -177,7 +177,7 @@ class Student(nn.Module):
         now = self.look(f[first:]) + positions[first:]
         plan = merge_plan(torch.cat([past, now.detach()]), self.cfg.memory_len)
         frames = parallel.Frames(past, now, plan, parallel.Questions.group(windows, f.device))
-        return parallel.hidden_states(
+        hidden = parallel.hidden_states(
             self.qformer,
             frames,
             self.query_tokens.expand(len(text_ids), -1, -1),
@@ -187,6 +187,7 @@ class Student(nn.Module):
             detach=self.cfg.bank_detach,
             recompute=self.cfg.recompute_layers,
         )
+        return [states[first_wanted - first :] for states in hidden]
 
     def _sequential(
         self,

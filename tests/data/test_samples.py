@@ -47,10 +47,10 @@ def test_a_batch_holds_the_frames_of_the_chosen_draw(stores: dict[str, makers.Fe
 
 
 def test_a_shorter_sample_is_padded_with_zeros(stores: dict[str, makers.FeatureStore]) -> None:
-    short = sample("s3", "ant", [2])
+    short = sample("s3", "ant", [6])
     batch = CachedSamples([*SAMPLES, short], *stores.values()).batch([0, 3])
     assert batch.lengths == (3, 1)
-    np.testing.assert_array_equal(batch.f[1, :1].numpy(), makers.features("tokens", "ant", [2]))
+    np.testing.assert_array_equal(batch.f[1, :1].numpy(), makers.features("tokens", "ant", [6]))
     assert torch.count_nonzero(batch.f[1, 1:]) == 0
     assert CachedSamples(SAMPLES, *stores.values()).batch([0, 1]).lengths is None
 
