@@ -96,7 +96,13 @@ def train_together(
         if active:
             _step(active, data, step, schedules, leave)
         for entrant in [e for e in active if e in running]:
-            last[entrant.name] = _end_step(entrant, data, step, schedules[entrant.name])
+            try:
+                last[entrant.name] = _end_step(entrant, data, step, schedules[entrant.name])
+            except (MemoryError, RuntimeError) as error:
+                why = why_dropped(error, step)
+                if why is None:
+                    raise
+                leave(entrant, why)
         progress(step + 1, end, f"{len(running)} students")
     seconds = time.monotonic() - started
     return {name: {"steps": schedules[name].total_steps, "seconds": seconds, **facts} for name, facts in last.items()}

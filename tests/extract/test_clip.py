@@ -202,7 +202,7 @@ def test_models_without_a_class_token_have_patch_tokens_only() -> None:
 def test_the_miniature_is_found_by_name() -> None:
     if not clip.MINIATURE_MODELS.is_dir():
         pytest.skip("the miniature is not there yet")
-    assert clip.describe(config(model="miniature-vit", layer=5))["tokens"][0] == (17, 64)
+    assert clip.describe(config(model="miniature-vit", layer=5))["tokens"][0] == (37, 96)
     assert build(model="miniature-vit", layer=5)(frames())["tokens"].shape == (3, 17, 64)
 
 

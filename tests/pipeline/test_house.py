@@ -143,7 +143,7 @@ def test_a_second_start_installs_nothing(copy: Path) -> None:
     assert "-r requirements.lock" in log
     assert "--no-deps" in log
     commands = [line.split()[:2] for line in first.stdout.splitlines()]
-    assert [words[1] for words in commands] == ["synth", "extract", "train-student", "evaluate"]
+    assert [words[1] for words in commands] == ["synth", "extract", "tour"]
     assert run_script(copy, PATH=path).returncode == 0
     assert (copy / "pip.log").read_text() == log
 
