@@ -172,6 +172,9 @@ def show_tour(result: Result) -> None:
     for row in next(iter(tasks.values())):
         table.add_row(printable(row), *(_with_interval(rows[row]) for rows in tasks.values()))
     _print("A coarse task that captions mention, and a fine one that they never do:", table)
+    _say("Every run is an ordinary run folder. What to open next:")
+    for folder in result["runs"].values():
+        _say(f"pipeline report {folder}/lambda-0 {folder}/lambda-1 --out {folder}/report.html")
     _say(
         f"Seed {result['seed']} alone: a difference between two lines may be the seed's. Intervals: 95 %, over videos."
     )
