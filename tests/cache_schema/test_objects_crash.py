@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import time
 
@@ -58,7 +59,8 @@ def check_what_is_left(store):
                 assert (opened.read(video, index) == features(modality, video, index)).all()
 
 
-def run_slowly(store, single_put):
+def run_slowly(store, single_put, environment):
+    os.environ.update(environment)  # the fork server may be older than the store's credentials
     objects.SINGLE_PUT = single_put
     extract(store, MODALITIES, SMALL, on_batch=lambda _: time.sleep(0.01))
 
@@ -67,13 +69,13 @@ def run_slowly(store, single_put):
 def test_writers_killed_at_random_moments_leave_no_half_shard_and_the_next_one_finishes(store, whole, single_put):
     store = store / str(single_put)
     began = time.monotonic()
-    child = CONTEXT.Process(target=run_slowly, args=(store / "timed", single_put))
+    child = CONTEXT.Process(target=run_slowly, args=(store / "timed", single_put, dict(os.environ)))
     child.start()
     child.join(500)
     assert child.exitcode == 0
     took, rng, killed = time.monotonic() - began, random.Random(3), 0
     for _ in range(4):
-        child = CONTEXT.Process(target=run_slowly, args=(store / "killed", single_put))
+        child = CONTEXT.Process(target=run_slowly, args=(store / "killed", single_put, dict(os.environ)))
         child.start()
         time.sleep(rng.uniform(0.2, 0.9) * took)
         child.kill()
