@@ -5,6 +5,7 @@ Readers and writers go through ``FeatureStore``; the format itself is described 
 
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheMissing, SegmentFailed
 from cache_schema.plan import Plan, Segment, Task
+from cache_schema.quantize import ChannelScale, TooInexact, calibrate
 from cache_schema.report import Missing, TaskReport, VideoStatus
 from cache_schema.spec import FeatureSpec
 from cache_schema.stats import FeatureStats
@@ -16,6 +17,7 @@ __all__ = [
     "CacheError",
     "CacheMismatch",
     "CacheMissing",
+    "ChannelScale",
     "FeatureSpec",
     "FeatureStats",
     "FeatureStore",
@@ -26,6 +28,8 @@ __all__ = [
     "SegmentResult",
     "Task",
     "TaskReport",
+    "TooInexact",
     "VideoStatus",
+    "calibrate",
     "write_tasks_together",
 ]

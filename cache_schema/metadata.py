@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cache_schema import files
 from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheMissing
 from cache_schema.objects import StorePath
 from cache_schema.plan import MAX_SHARD_FRAMES
+from cache_schema.quantize import CODEC_NAME, ChannelScale
 from cache_schema.spec import FeatureSpec
 
 FORMAT = "diff-lmm-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; 2 is written where an int8 array is, 1 elsewhere
 _MODALITY = re.compile(r"^(?!plan(/|$)|videos(/|$))[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*){0,2}$")
 _HELP = {"tokens": "pipeline extract-clip", "pooled": "pipeline extract-teacher"}
 
@@ -27,6 +30,11 @@ class ArrayInfo:
     modality: str
     spec: FeatureSpec
     shard_frames: int
+    channel_scale: ChannelScale | None = dataclasses.field(default=None, compare=False)  # of an int8 array
+
+    def __post_init__(self) -> None:
+        if (self.spec.dtype == "int8") != (self.channel_scale is not None):
+            raise ValueError("an int8 array needs channel scales, and no other has them: calibrate first")
 
     @property
     def folder(self) -> StorePath:
@@ -49,10 +57,10 @@ def path_to(modality: str) -> list[str]:
     return ["/".join(names[: depth + 1]) for depth in range(len(names))]
 
 
-def newer_format(file: StorePath, version: int) -> CacheMismatch:
+def newer_format(file: StorePath, version: int, newest: int = FORMAT_VERSION) -> CacheMismatch:
     """The error for a file that a later program wrote."""
     return CacheMismatch(
-        f"{file}: format_version is {version}; this program reads up to {FORMAT_VERSION}.\n"
+        f"{file}: format_version is {version}; this program reads up to {newest}.\n"
         "Use the newer program that made it, or make another store in a new folder:"
     )
 
@@ -73,7 +81,7 @@ def create_group(store: StorePath, shard_frames: int) -> None:
     if not 1 <= shard_frames <= MAX_SHARD_FRAMES:
         raise ValueError(f"shard_frames must be 1..{MAX_SHARD_FRAMES}, not {shard_frames}")
     if not (store / "zarr.json").exists():
-        attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, "shard_frames": shard_frames}
+        attributes = {"format": FORMAT, "format_version": 1, "shard_frames": shard_frames}
         files.publish_bytes(store / "zarr.json", _made_by_zarr("", group=attributes))
     if (store / "plan" / "zarr.json").exists():
         return
@@ -91,17 +99,40 @@ def create_array(info: ArrayInfo) -> None:
         if not (info.store / parent / "zarr.json").exists():
             files.publish_bytes(info.store / parent / "zarr.json", _made_by_zarr("", group={}))
     shape = info.spec.frame_shape
+    attributes = {"feature_spec": info.spec.to_json(), "feature_spec_digest": info.spec.digest()}
+    serializer: dict[str, object] = {}
+    if (scale := info.channel_scale) is not None:
+        from cache_schema.codec import Int8Codec
+
+        _need_version_2(info.store)
+        serializer = {"serializer": Int8Codec(scale.to_json())}
+        measured = {"frames": scale.frames, "error": scale.error, "min_cosine": scale.min_cosine}
+        attributes["quantization"] = {**measured, "channel_scale_digest": scale.digest}
     array = {
         "shape": (0, *shape),
         "chunks": (1, *shape),
         "shards": (info.shard_frames, *shape),
-        "dtype": info.spec.dtype,
+        "dtype": info.spec.feature_dtype,
         "compressors": None,  # zarr's default is zstd: 7 % smaller and 19 times the read time on such features
         "filters": None,
         "fill_value": float("nan"),  # a hole is loud; zero would be a plausible feature
-        "attributes": {"feature_spec": info.spec.to_json(), "feature_spec_digest": info.spec.digest()},
+        "attributes": attributes,
+        **serializer,
     }
     files.publish_bytes(info.metadata_file, _made_by_zarr(info.modality, array=array))
+
+
+def _need_version_2(store: Path) -> None:
+    """Mark the store, so that a program that knows no int8 refuses it by its version."""
+
+    def marked(data: bytes) -> bytes | None:
+        document = files.parse_json(data)
+        attributes = document.get("attributes")
+        if not isinstance(attributes, dict) or attributes.get("format_version") != 1:
+            return None
+        return _metadata_bytes({**document, "attributes": {**attributes, "format_version": 2}})
+
+    files.update(store / "zarr.json", files.MAX_METADATA_BYTES, marked)
 
 
 def _made_by_zarr(
@@ -175,26 +206,48 @@ def read_array(store: StorePath, modality: str, shard_frames: int) -> ArrayInfo:
         raise CacheCorrupt(
             f"{file}: attributes.feature_spec_digest is not the digest of attributes.feature_spec", file=file
         )
-    _expect(file, document, _expected_array(spec, shard_frames))
+    scale = _read_scale(file, document, attributes, spec) if spec.dtype == "int8" else None
+    _expect(file, document, _expected_array(spec, shard_frames, scale))
     shape = document.get("shape")
     if not isinstance(shape, list) or shape[1:] != list(spec.frame_shape) or not _whole_shards(shape[0], shard_frames):
         wanted = f"[n × {shard_frames}, {', '.join(map(str, spec.frame_shape))}]"
         raise CacheCorrupt(f"{file}: shape is {shape!r}, not {wanted}", file=file)
-    return ArrayInfo(store, modality, spec, shard_frames)
+    return ArrayInfo(store, modality, spec, shard_frames, scale)
 
 
-def _expected_array(spec: FeatureSpec, shard_frames: int) -> dict[str, object]:
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
+def _read_scale(
+    file: Path, document: Mapping[str, object], attributes: Mapping[str, object], spec: FeatureSpec
+) -> ChannelScale:
+    """The channel scales in the codec's configuration, checked against the digest in the attributes."""
+    try:
+        codecs: Any = document.get("codecs")
+        text = codecs[0]["configuration"]["codecs"][0]["configuration"]["channel_scale"]
+        noted: Any = attributes["quantization"]
+        measured = {name: noted[name] for name in ("frames", "error", "min_cosine")}
+        scale = ChannelScale.from_json(text, spec.frame_shape[-1], **measured)
+        digest = noted["channel_scale_digest"]
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise CacheCorrupt(
+            f"{file}: codecs or attributes.quantization: no channel scales: {error}", file=file
+        ) from error
+    if digest != scale.digest:
+        raise CacheCorrupt(f"{file}: channel_scale is not what attributes.quantization has the digest of", file=file)
+    return scale
+
+
+def _expected_array(spec: FeatureSpec, shard_frames: int, scale: ChannelScale | None) -> dict[str, object]:
+    little: dict[str, object] = {"name": "bytes", "configuration": {"endian": "little"}}
+    int8 = {"name": CODEC_NAME, "configuration": {"channel_scale": scale.to_json()}} if scale is not None else None
     sharding = {
         "chunk_shape": [1, *spec.frame_shape],
-        "codecs": [little],
+        "codecs": [int8 or little],
         "index_codecs": [little, {"name": "crc32c"}],
         "index_location": "end",
     }
     return {
         "zarr_format": 3,
         "node_type": "array",
-        "data_type": spec.dtype,
+        "data_type": spec.feature_dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_frames, *spec.frame_shape]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": "NaN",

@@ -8,6 +8,7 @@ shard, so nothing that was planned ever moves.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -168,6 +169,14 @@ class Plan:
             absent = as_frames(video_id, frame_index)[found < 0].tolist()
             raise KeyError(f"frames {shorten(absent)} of video {video_id!r} are not planned")
         return found
+
+    def row(self, video_id: str, frame: int) -> int:
+        """Row of one frame; -1 when it is not planned. The quick way for single frames."""
+        for segment in self._segments_of.get(video_id, ()):
+            at = bisect_left(segment.frame_index, frame)
+            if at < len(segment.frame_index) and segment.frame_index[at] == frame:
+                return segment.start + at
+        return -1
 
     def segments_of(self, video_id: str) -> tuple[Segment, ...]:
         """The segments of one video, oldest first; empty when it is not planned."""

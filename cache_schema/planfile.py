@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from cache_schema import files
 from cache_schema.errors import CacheCorrupt
-from cache_schema.metadata import FORMAT_VERSION, newer_format
+from cache_schema.metadata import newer_format
 from cache_schema.objects import StorePath
 from cache_schema.plan import Plan, apply_generation, generation_document
 
+PLAN_VERSION = 1
 _GENERATION = re.compile(r"^\d{6}\.json$")
 
 
@@ -50,10 +51,10 @@ class PlanFiles:
             except (FileNotFoundError, NotADirectoryError):
                 return generation, plan
             version = document.get("format_version")
-            if type(version) is int and version > FORMAT_VERSION:
-                raise newer_format(file, version)
+            if type(version) is int and version > PLAN_VERSION:
+                raise newer_format(file, version, PLAN_VERSION)
             try:
-                if version != FORMAT_VERSION:
+                if version != PLAN_VERSION:
                     raise ValueError(f"format_version is {version!r}")
                 plan = apply_generation(plan, document)
             except ValueError as error:
@@ -65,7 +66,7 @@ class PlanFiles:
         """Add what is not planned yet. First writer wins; the loser derives its addition anew from what it finds."""
         generation, plan = self._refresh()
         while (grown := plan.extended(wanted)) is not plan:
-            document = {"format_version": FORMAT_VERSION, **generation_document(plan, grown)}
+            document = {"format_version": PLAN_VERSION, **generation_document(plan, grown)}
             files.publish_bytes(self._file(generation), files.canonical_json(document))
             generation, plan = self._refresh()
         return plan

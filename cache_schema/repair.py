@@ -23,7 +23,7 @@ from cache_schema.objects import ObjectPath
 from cache_schema.plan import Part, Segment
 from cache_schema.shard import Record, ShardWriter, pread, read_records
 from cache_schema.store import FeatureStore
-from cache_schema.write import SegmentResult, close_features, refuse_non_finite
+from cache_schema.write import SegmentResult, as_stored, close_features, refuse_non_finite
 
 SAME_FILE = ("size", "sha256")  # the facts that say which file a video's frames came from
 
@@ -128,7 +128,7 @@ def _frames(store: FeatureStore, number: int, record: Record) -> Iterator[tuple[
 
 def _copy(store: FeatureStore, number: int, record: Record, writer: ShardWriter) -> None:
     for raw, _ in _frames(store, number, record):
-        writer.append(np.frombuffer(raw, store.layout.dtype).reshape(1, *store.spec.frame_shape))
+        writer.append(np.frombuffer(raw, store.layout.row_dtype).reshape(1, *store.layout.row_shape))
     writer.end(record.facts)
 
 
@@ -169,14 +169,14 @@ def _write(
     try:
         for batch in result.features:
             array = batch[store.modality]
-            if array.dtype != np.dtype(store.spec.dtype) or array.shape[1:] != store.spec.frame_shape:
+            if array.dtype != np.dtype(store.spec.feature_dtype) or array.shape[1:] != store.spec.frame_shape:
                 raise ValueError(f"{store.modality}: a batch is {array.dtype} {list(array.shape)}")
             if not len(array):
                 continue
             refuse_non_finite(array, part.segment.frame_index[part.offset + done :][: len(array)])
             mine = array[: max(0, part.count - done)]
             if len(mine):
-                writer.append(mine)
+                writer.append(as_stored(store, mine))
             done += len(array)
     finally:
         close_features(result.features)

@@ -66,12 +66,32 @@ class Layout:
     @property
     def has_stats(self) -> bool:
         """Whether footers carry mean and M2 of every element: only where a frame is small."""
-        return self.frame_bytes <= LARGE_FRAME
+        return self.frame_bytes <= LARGE_FRAME and not self.is_int8
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """On disk: little-endian."""
-        return np.dtype(self.info.spec.dtype).newbyteorder("<")
+        """Of features, little-endian."""
+        return np.dtype(self.info.spec.feature_dtype).newbyteorder("<")
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether frames are stored as int8 with two-level scales (cache_schema.quantize)."""
+        return self.info.channel_scale is not None
+
+    @property
+    def row_dtype(self) -> np.dtype[Any]:
+        """Of the elements of a stored frame: the features themselves, or bytes."""
+        return np.dtype(np.uint8) if self.is_int8 else self.dtype
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of a stored frame."""
+        return (self.frame_bytes,) if self.is_int8 else self.info.spec.frame_shape
+
+    @property
+    def format_version(self) -> int:
+        """Of shards: 2 for int8, which programs of version 1 cannot read."""
+        return 2 if self.is_int8 else 1
 
 
 @dataclass(frozen=True)
@@ -142,12 +162,12 @@ class ShardWriter:
         self._part, self._crcs, self._moments_before = part, [], self._moments
 
     def append(self, frames: Array) -> None:
-        """Write frames [b, *frame_shape] at the next slots of the current part."""
+        """Write stored frames [b, *row_shape] at the next slots of the current part."""
         part = self._current()
         if len(self._crcs) + len(frames) > part.count:
             raise AssertionError("more frames than the part holds")
         descriptor = self._open()
-        for frame in np.ascontiguousarray(frames, dtype=self.layout.dtype):
+        for frame in np.ascontiguousarray(frames, dtype=self.layout.row_dtype):
             raw = memoryview(frame.reshape(-1).view(np.uint8))
             files.pwrite(descriptor, raw, (part.slot + len(self._crcs)) * self.layout.stride)
             self._crcs.append(crc32c(raw))
@@ -183,7 +203,7 @@ class ShardWriter:
         descriptor, data_bytes = self._open(), self._data_bytes()
         footer = files.canonical_json(self._footer(data_bytes))
         size = data_bytes + len(footer) + TRAILER.size + self.layout.index_bytes
-        head = TRAILER.pack(MAGIC, FORMAT_VERSION, len(footer), size, 0)[:-4]
+        head = TRAILER.pack(MAGIC, self.layout.format_version, len(footer), size, 0)[:-4]
         crc = struct.pack("<I", crc32c(head, crc32c(footer)))
         index = shard_index(self.layout, self._records)
         os.ftruncate(descriptor, data_bytes)
@@ -244,8 +264,8 @@ def shard_index(layout: Layout, records: Sequence[Record]) -> bytes:
 
 
 def _identity(layout: Layout, shard: int) -> dict[str, object]:
-    return {
-        "format_version": FORMAT_VERSION,
+    identity: dict[str, object] = {
+        "format_version": layout.format_version,
         "modality": layout.info.modality,
         "spec_digest": layout.info.spec.digest(),
         "shard": shard,
@@ -253,6 +273,8 @@ def _identity(layout: Layout, shard: int) -> dict[str, object]:
         "frame_bytes": layout.frame_bytes,
         "stride": layout.stride,
     }
+    scale = layout.info.channel_scale
+    return identity if scale is None else {**identity, "channel_scale_digest": scale.digest}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-DTYPES = ("float16", "float32")
+from cache_schema.quantize import row_bytes
+
+DTYPES = ("float16", "float32", "int8")
 MAX_FRAME_BYTES = 1 << 28  # 256 MiB; EVA-g's 257 × 1408 float16 is 0.7 MiB
 MAX_TEXT = 4096  # characters of one text field
 
@@ -33,7 +35,7 @@ class FeatureSpec:
     latent: str  # "" for CLIP; "mode*0.18215" for DiT
     timestep: int | None  # diffusion time; None for CLIP
     label: int | None  # class label given to the teacher; None for CLIP
-    dtype: str  # "float16" | "float32": what is stored
+    dtype: str  # "float16" | "float32" | "int8" (with two-level scales, read as float16): what is stored
     compute_dtype: str  # what the encoder ran in
     frame_shape: tuple[int, ...]  # (P, C) | (D,) | (g, g, D): the features of one frame
     frame_rule: str  # how a frame index becomes a picture
@@ -60,7 +62,14 @@ class FeatureSpec:
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame's features as stored."""
+        if self.dtype == "int8":
+            return row_bytes(self.frame_shape)
         return math.prod(self.frame_shape) * (2 if self.dtype == "float16" else 4)
+
+    @property
+    def feature_dtype(self) -> str:
+        """What goes in and comes out: float16 where int8 is stored."""
+        return "float16" if self.dtype == "int8" else self.dtype
 
     def digest(self) -> str:
         """sha256 over the canonical JSON (sorted keys, no spaces, ASCII) of all fields."""

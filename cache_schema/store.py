@@ -7,8 +7,9 @@ What is committed is what the shard footers say; nothing is concluded from what 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -16,16 +17,17 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache_schema import claims, files, metadata, write
+from cache_schema import claims, files, metadata, reading, write
 from cache_schema.connections import ObjectChanged, concurrently
-from cache_schema.errors import CacheCorrupt, CacheError, CacheMismatch, CacheMissing, SegmentFailed
+from cache_schema.errors import CacheError, CacheMismatch, CacheMissing, SegmentFailed
 from cache_schema.index import STATUS, index_arrays, write_index
 from cache_schema.object_reads import read_slots
 from cache_schema.objects import MAX_SHARD_OBJECT, ObjectPath, StorePath, locate
 from cache_schema.plan import Plan, Segment, Task, as_frames
 from cache_schema.planfile import PlanFiles
+from cache_schema.quantize import ChannelScale
 from cache_schema.report import Missing, TaskReport, VideoStatus
-from cache_schema.shard import Layout, Shard, identity_now, identity_of, read_records, read_shard, read_stats
+from cache_schema.shard import Layout, Shard, identity_now, read_records, read_shard, read_stats
 from cache_schema.spec import FeatureSpec
 from cache_schema.stats import FeatureStats, Moments
 from cache_schema.write import SegmentResult, frame_corrupt, write_tasks_together
@@ -43,6 +45,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 FrameIndex = Sequence[int] | npt.NDArray[np.integer]
+MAX_OPEN_SHARDS = 128  # each holds a map and two descriptors; 1024 descriptors are a usual limit
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -66,21 +69,26 @@ def _with_help(
 class FeatureStore:
     """Features of one modality, keyed by (video, frame index). Make one with ``create`` or ``open``.
 
-    Safe to pickle and to use from several threads or processes: it holds no open file and no lock between calls.
+    Safe to pickle, to fork and to use from several threads or processes: it holds no lock between calls, and the shards
+    that it keeps open for reading are maps of files and descriptors without a position.
 
     Attributes:
         path: the store's folder, or its place in an object store.
         modality: the array's name, such as ``tokens`` or ``pooled/layer8``.
         spec: how its numbers were made.
         shard_frames: S, the frames of one shard.
+        io: how shards are read (cache_schema.reading): ``auto``, ``mmap``, ``pread`` or ``direct``. Speed only.
     """
 
-    def __init__(self, info: metadata.ArrayInfo, help_command: str) -> None:
+    def __init__(self, info: metadata.ArrayInfo, help_command: str, io: reading.Io = "auto") -> None:
+        reading.check_io(io)
+        self.io = io
         self.path, self.modality, self.spec, self.shard_frames = info.store, info.modality, info.spec, info.shard_frames
         self.layout = Layout(info)
         self.help_command = help_command
         self._plan_files = PlanFiles(info.store, info.shard_frames)
         self._shards: dict[int, Shard] = {}
+        self._opened: dict[int, reading.OpenShard] = {}
 
     @classmethod
     def create(
@@ -91,10 +99,12 @@ class FeatureStore:
         *,
         shard_frames: int = 1024,
         help_command: str = "",
+        channel_scale: ChannelScale | None = None,
     ) -> FeatureStore:
         """Make the modality, or open it for writing and check that it was made with this spec.
 
-        An existing store keeps its own ``shard_frames``. Partial files of dead writers of this host are removed.
+        A new int8 modality needs ``channel_scale`` (cache_schema.quantize); one that exists keeps its own. An existing
+        store keeps its own ``shard_frames``. Partial files of dead writers of this host are removed.
 
         Raises:
             CacheMismatch: it exists with another spec (the differing fields are listed), another modality of the store
@@ -108,13 +118,15 @@ class FeatureStore:
             metadata.create_group(store, shard_frames)
             shard_frames = metadata.read_group(store)
             _check_frame_rule(store, modality, spec, shard_frames)
-            info = metadata.ArrayInfo(store, modality, spec, shard_frames)
-            if isinstance(store, ObjectPath) and Layout(info).stride * shard_frames > MAX_SHARD_OBJECT:
-                raise ValueError(
-                    f"a shard of {shard_frames} frames has more than the 5 GB that an object store copies at once.\n"
-                    f"Make smaller ones:  --set extract.shard_frames={MAX_SHARD_OBJECT // Layout(info).stride}"
-                )
-            metadata.create_array(info)
+            if not (store / modality / "zarr.json").exists():
+                info = metadata.ArrayInfo(store, modality, spec, shard_frames, channel_scale)
+                if isinstance(store, ObjectPath) and Layout(info).stride * shard_frames > MAX_SHARD_OBJECT:
+                    raise ValueError(
+                        f"a shard of {shard_frames} frames has more than the 5 GB that an object store copies "
+                        "at once.\n"
+                        f"Make smaller ones:  --set extract.shard_frames={MAX_SHARD_OBJECT // Layout(info).stride}"
+                    )
+                metadata.create_array(info)
             opened = cls.open(store, modality, spec, help_command=help_command)
             for folder in (store, store / "plan", *(store / part for part in metadata.path_to(modality))):
                 files.sweep(folder)
@@ -135,6 +147,7 @@ class FeatureStore:
         spec: FeatureSpec | None = None,
         *,
         help_command: str = "",
+        io: reading.Io = "auto",
     ) -> FeatureStore:
         """Open an existing modality; nothing is written. With ``spec``, it must be the one the modality was made with.
 
@@ -149,7 +162,7 @@ class FeatureStore:
             info = metadata.read_array(store, modality, metadata.read_group(store))
             if spec is not None and spec != info.spec:
                 raise CacheMismatch.between(str(info.folder), info.spec.differences(spec))
-            opened = cls(info, help_command)
+            opened = cls(info, help_command, io)
             opened._plan_files.check_complete()
             return opened
         except CacheError as error:
@@ -157,7 +170,7 @@ class FeatureStore:
             raise
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_shards": {}}
+        return {**self.__dict__, "_shards": {}, "_opened": {}}
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.path)!r}, {self.modality!r})"
@@ -286,44 +299,82 @@ class FeatureStore:
         """Features [n, *frame_shape] of these frames, in this order; repeats are allowed.
 
         Args:
-            out: C-contiguous array of that shape and the spec's dtype to fill; a new one by default.
+            out: C-contiguous array of that shape and the spec's dtype to fill, or rows of ``buffer``; a new one by
+                default. Give one that was used before: the pages of new memory cost more than the features.
             verify: check the crc32c of every frame that is read.
 
         Raises:
             CacheMissing: a frame is not planned, not extracted, or its video failed; the message says which and why.
             CacheCorrupt: naming shard, video and frame.
         """
-        frames = as_frames(video_id, frame_index)
-        rows = self._plan_files.known.find(video_id, frames)
-        if (rows < 0).any():
-            rows = self.plan.find(video_id, frames)  # planned by another process since we looked
-        if (rows < 0).any():
-            raise self._not_there(video_id, frames)
-        features = self._output(out, len(frames))
-        raw = features.view(np.uint8).reshape(len(frames), self.layout.frame_bytes)
-        shards, slots = np.divmod(rows, self.shard_frames)
-        if isinstance(self.path, ObjectPath):
-            self._read_objects(video_id, frames, shards, slots, raw)
-            return features
-        for number in np.unique(shards).tolist():
-            here = np.flatnonzero(shards == number)
-            descriptor, shard = self._open_shard(number, video_id, frames)
-            try:
-                if not shard.present[slots[here]].all():
-                    raise self._not_there(video_id, frames)
-                for at, slot in zip(here.tolist(), slots[here].tolist(), strict=True):
-                    got = os.preadv(descriptor, [raw[at].data], slot * self.layout.stride)
-                    if got != self.layout.frame_bytes:
-                        raise CacheCorrupt.of_shard(
-                            shard.file, "ends inside a frame: it was truncated", kind="truncated"
-                        )
-                    if verify and crc32c(raw[at].data) != shard.crcs[slot]:
-                        raise frame_corrupt(shard, video_id, int(frames[at]))
-            finally:
-                os.close(descriptor)
+        scale = self.layout.info.channel_scale
+        if scale is None:
+            return self.read_stored(video_id, frame_index, out, verify=verify)
+        shape = (len(frame_index), *self.spec.frame_shape)
+        features = np.empty(shape, np.float16) if out is None else out
+        if features.shape != shape or features.dtype != np.float16:
+            raise ValueError(f"out must be a float16 array {shape}, not {features.dtype} {features.shape}")
+        scale.dequantize(self.read_stored(video_id, frame_index, verify=verify), features)
         return features
 
-    def _read_objects(self, video_id: str, frames: Array, shards: Array, slots: Array, raw: Array) -> None:
+    @_with_help
+    def read_stored(
+        self, video_id: str, frame_index: FrameIndex, out: Array | None = None, *, verify: bool = False
+    ) -> Array:
+        """``read`` without dequantising: rows uint8 [n, frame_bytes] of an int8 store (``quantize.split`` gives scales
+        and numbers, ``layout.info.channel_scale`` the rest), the features themselves of any other."""
+        out = self._output(out, len(frame_index))
+        if len(frame_index) == 1 and not verify and self._read_one(video_id, frame_index[0], out):
+            return out
+        if isinstance(self.path, ObjectPath):
+            self._read_objects(video_id, frame_index, out)
+            return out
+        for number, slots, at in self._pieces(self._rows(video_id, frame_index)):
+            opened = self._open_shard(number)
+            if opened is not None and not opened.holds(slots):
+                del self._opened[number]  # a retry may have put a fuller one in its place
+                opened = self._open_shard(number)
+            if opened is None or not opened.holds(slots):
+                raise self._not_there(video_id, frame_index)
+            reading.read_rows(opened, slots, out[at], self.io)
+            if verify:
+                self._verify(opened, slots, out[at], video_id)
+        return out
+
+    @_with_help
+    def ask_for(self, video_id: str, frame_index: FrameIndex) -> None:
+        """Have the disk fetch exactly these frames into the page cache, without waiting; what is there is left alone.
+
+        Only a hint: frames that cannot be read are passed over here, and named by ``read``. An object store gets none.
+        """
+        if isinstance(self.path, ObjectPath):
+            return
+        rows = self._plan_files.known.find(video_id, frame_index)
+        for number, slots, _ in self._pieces(rows[rows >= 0]):
+            opened = self._open_shard(number)
+            if opened is None or not opened.holds(slots) or self.io == "direct":
+                continue
+            if not reading.is_warm(opened, slots):
+                reading.ask_for(opened, slots)
+
+    def _read_one(self, video_id: str, frame: object, out: Array) -> bool:
+        """The short way for one frame that is in memory. False: nothing was done, because anything is unusual.
+
+        Copying a frame takes 30 µs; the general way takes as long to find it.
+        """
+        if not isinstance(frame, (int, np.integer)) or self.io not in ("auto", "mmap"):
+            return False
+        number, slot = divmod(self._plan_files.known.row(video_id, int(frame)), self.shard_frames)
+        opened = self._opened.get(number)  # a row of -1 is in no shard
+        if opened is None or not (opened.shard.present[slot] and opened.is_current() and opened.is_cached(slot)):
+            return False
+        reading.read_row(opened, slot, out)
+        return True
+
+    def _read_objects(self, video_id: str, frame_index: FrameIndex, out: Array) -> None:
+        """Every frame comes with its checksum checked."""
+        shards, slots = np.divmod(self._rows(video_id, frame_index), self.shard_frames)
+        raw = out.view(np.uint8).reshape(len(out), self.layout.frame_bytes)  # a view: rows are contiguous in themselves
         for number in np.unique(shards).tolist():
             here = np.flatnonzero(shards == number)
             whole = len(here) == len(raw)
@@ -331,41 +382,80 @@ class FeatureStore:
             while True:
                 shard = self._shards.get(number) or self.shard(number)  # no need to look again: a read is pinned
                 if shard is None or not shard.present[slots[here]].all():
-                    raise self._not_there(video_id, frames)
+                    raise self._not_there(video_id, frame_index)
                 try:
                     damaged = read_slots(self.layout, shard, slots[here], rows)
                     break
                 except (ObjectChanged, FileNotFoundError):  # by a retry, or somebody removed it
                     self._shards.pop(number, None)
             if damaged is not None:
-                raise frame_corrupt(shard, video_id, int(frames[here[damaged]]))
+                raise frame_corrupt(shard, video_id, int(frame_index[here[damaged]]))
             if not whole:
                 raw[here] = rows
 
-    def _open_shard(self, number: int, video_id: str, frames: Array) -> tuple[int, Shard]:
-        # The checked footer must be of the very file that is read: a retry may replace it between the two.
-        while True:
+    def _rows(self, video_id: str, frame_index: FrameIndex) -> Array:
+        """Rows [n] of frames that are all planned. Raises CacheMissing."""
+        rows = self._plan_files.known.find(video_id, frame_index)
+        if (rows < 0).any():
+            rows = self.plan.find(video_id, frame_index)  # planned by another process since we looked
+        if (rows < 0).any():
+            raise self._not_there(video_id, frame_index)
+        return rows
+
+    def _pieces(self, rows: Array) -> Iterator[tuple[int, Array, slice]]:
+        """(shard, slots, where in the rows) of neighbours in one shard: mostly one piece, for videos lie whole."""
+        if len(rows):
+            shards, slots = np.divmod(rows, self.shard_frames)
+            edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
+            for begin, end in itertools.pairwise(edges):
+                yield int(shards[begin]), slots[begin:end], slice(begin, end)
+
+    def _open_shard(self, number: int) -> reading.OpenShard | None:
+        """The shard held open, checked, and still the file that bears its name; None when it is not committed."""
+        opened = self._opened.get(number)
+        while opened is None or not opened.is_current():
+            self._opened.pop(number, None)
             shard = self.shard(number)
             if shard is None:
-                raise self._not_there(video_id, frames)
+                return None
             try:
-                descriptor = files.open_regular(shard.file)
+                opened = reading.OpenShard(self.layout, shard)
             except FileNotFoundError:
                 continue
-            if identity_of(os.fstat(descriptor)) == shard.identity:
-                return descriptor, shard
-            os.close(descriptor)
+            if opened.identity != shard.identity:  # replaced by a retry between the two: its footer is another
+                opened = None
+                continue
+            while len(self._opened) >= MAX_OPEN_SHARDS:
+                self._opened.pop(next(iter(self._opened), number), None)  # the one that was opened first
+            self._opened[number] = opened
+        return opened
 
-    def _not_there(self, video_id: str, frames: Array) -> CacheMissing:
+    def _verify(self, opened: reading.OpenShard, slots: Array, rows: Array, video_id: str) -> None:
+        for row, slot in zip(rows, slots.tolist(), strict=True):
+            if crc32c(row.reshape(-1).view(np.uint8).data) != opened.shard.crcs[slot]:
+                record = opened.shard.record_at(slot)
+                raise frame_corrupt(opened.shard, video_id, record.frame_index[slot - record.slot])
+
+    def _not_there(self, video_id: str, frames: FrameIndex) -> CacheMissing:
         why = self.missing({video_id: frames}).get(video_id, "it changed while it was read")
         return CacheMissing(f"{self.path}/{self.modality} cannot give video {video_id!r}: {why}.\nExtract with:")
 
+    def buffer(self, count: int) -> Array:
+        """Rows to give to ``read_stored`` again and again: nothing is read faster into another array.
+
+        [count, *frame_shape], so also for ``read``; bytes [count, frame_bytes] of an int8 store.
+        """
+        return reading.new_buffer(self.layout, count)
+
     def _output(self, out: Array | None, count: int) -> Array:
-        shape = (count, *self.spec.frame_shape)
         if out is None:
-            return np.empty(shape, self.layout.dtype)
-        if out.shape != shape or out.dtype != self.layout.dtype or not out.flags.c_contiguous:
-            raise ValueError(f"out must be a C-contiguous {self.spec.dtype} array {shape}, not {out.dtype} {out.shape}")
+            return np.empty((count, *self.layout.row_shape), self.layout.row_dtype)
+        if not reading.fits(self.layout, out, count):
+            shape = (count, *self.layout.row_shape)
+            raise ValueError(
+                f"out must be a C-contiguous {self.layout.row_dtype} array {shape}, or a part of store.buffer(n); "
+                f"not {out.dtype} {out.shape}"
+            )
         return out
 
     @_with_help

@@ -21,7 +21,7 @@ from cache_schema.plan import Segment
 from cache_schema.report import SourceFile
 from cache_schema.shard import Shard, pread, read_records
 from cache_schema.store import FeatureStore
-from cache_schema.write import SegmentResult, close_features
+from cache_schema.write import SegmentResult, as_stored, close_features
 
 NO_DAMAGE = ("missing", "newer_format")  # of the kinds that name a shard: extraction, or another program, helps
 
@@ -108,7 +108,7 @@ def semantic(
     for video, index in _sample(store, frames, seed).items():
         try:
             stored = store.read(video, index, verify=True).astype(np.float64).reshape(len(index), -1)
-            again = _made_again(produce(Segment(video, index, 0)), store.modality).reshape(len(index), -1)
+            again = _made_again(store, produce(Segment(video, index, 0))).reshape(len(index), -1)
         except CacheCorrupt as error:
             found.append(Problem(None, video, error.frame_index, error.kind, str(error)))
             continue
@@ -137,9 +137,13 @@ def _sample(store: FeatureStore, frames: int, seed: int) -> dict[str, tuple[int,
     return {video: tuple(sorted(index)) for video, index in sample.items()}
 
 
-def _made_again(result: SegmentResult[Mapping[str, npt.NDArray[Any]]], modality: str) -> npt.NDArray[np.float64]:
+def _made_again(store: FeatureStore, result: SegmentResult[Mapping[str, npt.NDArray[Any]]]) -> npt.NDArray[np.float64]:
     try:
-        return np.concatenate([batch[modality] for batch in result.features]).astype(np.float64)
+        made = np.concatenate([batch[store.modality] for batch in result.features])
+        scale = store.layout.info.channel_scale
+        if scale is not None:  # what int8 loses is no difference
+            scale.dequantize(as_stored(store, made), made)
+        return made.astype(np.float64)
     finally:
         close_features(result.features)
 

@@ -14,6 +14,7 @@ from crc32c import crc32c
 from cache_schema import files
 from cache_schema.errors import CacheCorrupt, SegmentFailed
 from cache_schema.plan import Part, Segment, Task
+from cache_schema.quantize import TooInexact
 from cache_schema.report import TaskReport, VideoStatus
 from cache_schema.shard import Record, Shard, ShardWriter, pread, read_footer, read_records
 
@@ -166,9 +167,10 @@ class _ModalityWriter:
     def append(self, batch: Array) -> None:
         """Write a batch [b, *frame_shape]. Raises ValueError (a programming error) or SegmentFailed (non-finite)."""
         spec, segment = self.store.spec, self._segment
-        if batch.dtype != np.dtype(spec.dtype) or batch.shape[1:] != spec.frame_shape:
+        if batch.dtype != np.dtype(spec.feature_dtype) or batch.shape[1:] != spec.frame_shape:
+            shape = ", ".join(map(str, spec.frame_shape))
             raise ValueError(
-                f"{self.store.modality}: a batch must be {spec.dtype} [b, {', '.join(map(str, spec.frame_shape))}], "
+                f"{self.store.modality}: a batch must be {spec.feature_dtype} [b, {shape}], "
                 f"not {batch.dtype} {list(batch.shape)}"
             )
         done = sum(part.count for part in self._parts[: self._at]) + self._filled
@@ -177,6 +179,7 @@ class _ModalityWriter:
         if not len(batch):
             return
         refuse_non_finite(batch, segment.frame_index[done : done + len(batch)])
+        batch = as_stored(self.store, batch)
         while len(batch):
             part = self._parts[self._at]
             taken = batch[: part.count - self._filled]
@@ -270,7 +273,7 @@ class _ModalityWriter:
                 raw = pread(descriptor, layout.frame_bytes, (part.slot + number) * layout.stride)
                 if len(raw) != layout.frame_bytes or crc32c(raw) != crc:
                     raise frame_corrupt(shard, record.video_id, record.frame_index[number])
-                writer.append(np.frombuffer(raw, layout.dtype).reshape(1, *self.store.spec.frame_shape))
+                writer.append(np.frombuffer(raw, layout.row_dtype).reshape(1, *layout.row_shape))
         finally:
             os.close(descriptor)
 
@@ -279,6 +282,17 @@ def frame_corrupt(shard: Shard, video_id: str, frame: int) -> CacheCorrupt:
     """The error for a frame whose bytes changed since they were written."""
     what = f"has a damaged frame: frame {frame} of video {video_id!r} does not fit its crc32c"
     return CacheCorrupt.of_shard(shard.file, what, kind="frame", video_id=video_id, frame_index=frame)
+
+
+def as_stored(store: FeatureStore, batch: Array) -> Array:
+    """Frames [b, *frame_shape] as they lie in a shard: themselves, or int8 with scales. Raises SegmentFailed."""
+    scale = store.layout.info.channel_scale
+    if scale is None:
+        return batch
+    try:
+        return scale.quantize(batch)
+    except TooInexact as error:
+        raise SegmentFailed("int8_range", str(error)) from error
 
 
 def refuse_non_finite(batch: Array, frame_index: Sequence[int]) -> None:

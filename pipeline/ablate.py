@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline.runs import RunFolder
 from pipeline.variants import MATCHED, Variant
 from stages import weights
 from stages.config import PipelineConfig
-from stages.data.samples import Batch, CachedSamples, few
+from stages.data.samples import Batch, CachedSamples, Request, few
 from stages.decode.evaluate import read_predictions
 from stages.decode.metrics import hits
 from stages.decode.statistics import share_interval
@@ -362,6 +362,11 @@ class _KeptSamples(CachedSamples):
             self._kept.budget -= batch.f.nbytes
             self._batches[key] = batch
         return batch
+
+    def batches(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
+        """One by one, since most are kept; an evaluation looks at the first frame draw."""
+        for request in requests:
+            yield self.batch(request.positions)
 
 
 # ---------------------------------------------------------------- sizes

@@ -6,6 +6,7 @@ Every function returns the dict that ``--json`` prints. The stages meet here and
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -30,7 +31,7 @@ from stages.config import PipelineConfig
 from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
 from stages.data.manifest import coverage, estimate
-from stages.data.samples import Availability, Batch, CachedSamples, available, few
+from stages.data.samples import Availability, Batch, CachedSamples, Request, available, few
 from stages.decode.evaluate import ClosedSets, by_window, resume
 from stages.decode.evaluate import evaluate as answer
 from stages.decode.metrics import is_correct
@@ -151,7 +152,8 @@ def train(
     stores = open_stores(config, cache, aligned=aligned)
     data = available_samples(config, samples, stores, cache, "train")
     run = RunFolder.create(out, config)
-    train_set = CachedSamples(few(data.samples, config.train.max_samples, config.train.seed), *stores)
+    readers = config.data.reader_threads
+    train_set = CachedSamples(few(data.samples, config.train.max_samples, config.train.seed), *stores, readers=readers)
     trainer = build_trainer(config, train_set, device)
     state = resume_run(run, trainer)
     total = make_schedule(config.train, len(train_set)).total_steps
@@ -230,7 +232,7 @@ def _cost_since(begun: tuple[float, float]) -> dict[str, float]:
 
 def _sample_bytes(config: PipelineConfig, stores: Sequence[FeatureStore]) -> int:
     """What one sample takes in the cache, all modalities that are read."""
-    frame = sum(int(np.prod(s.spec.frame_shape)) * np.dtype(s.spec.dtype).itemsize for s in stores)
+    frame = sum(store.spec.frame_bytes for store in stores)
     return config.data.num_frames * frame
 
 
@@ -275,7 +277,7 @@ def open_stores(config: PipelineConfig, cache: StorePath, *, aligned: bool) -> l
         names = [name for name, _ in shapes(config, which)]
         name = names[0] if which == "clip" else f"pooled/layer{config.teacher.layer}{_grid(config)}"
         command = _command(f"extract-{which}", config, cache)
-        store = FeatureStore.open(cache, name, help_command=command)
+        store = FeatureStore.open(cache, name, help_command=command, io=config.data.io)
         _refuse_other_features(store, config, which, command)
         opened.append(store)
     return opened
@@ -361,13 +363,13 @@ def validation(
     stores: Sequence[FeatureStore],
     cache: StorePath,
     trainer: Trainer,
-    samples_from: SamplesFrom = CachedSamples,
+    samples_from: SamplesFrom | None = None,
 ) -> Callable[[], float] | None:
     """Top-1 on the val split, or None where there is none or the last epoch is taken."""
     if config.train.select == "last" or "val" not in dataset.splits:
         return None
     found = available_samples(config, samples_of(dataset, "val"), stores[:1], cache, "val")
-    data = samples_from(found.samples, stores[0])
+    data = (samples_from or _reading_ahead(config))(found.samples, stores[0])
 
     def top1() -> float:
         correct = 0
@@ -382,9 +384,13 @@ def validation(
     return top1
 
 
+def _reading_ahead(config: PipelineConfig) -> SamplesFrom:
+    return functools.partial(CachedSamples, readers=config.data.reader_threads)
+
+
 def _batches(data: CachedSamples, positions: Sequence[int], size: int) -> Iterator[Batch]:
-    for first in range(0, len(positions), size):
-        yield data.batch(list(positions[first : first + size]))
+    cuts = [list(positions[first : first + size]) for first in range(0, len(positions), size)]
+    return data.batches(Request(cut, [0] * len(cut)) for cut in cuts)
 
 
 def training_estimate(config: PipelineConfig, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -420,7 +426,7 @@ def evaluate(
     dry_run: bool,
     progress: OnProgress,
     decoder: Decoder | None = None,
-    samples_from: SamplesFrom = CachedSamples,
+    samples_from: SamplesFrom | None = None,
 ) -> dict[str, Any]:
     """Answer a split with the student of a run folder, write predictions, score them.
 
@@ -436,7 +442,7 @@ def evaluate(
         return {"samples": len(samples), "videos": len({s.video_id for s in samples}), "published_n": published}
     stores = open_stores(config, cache, aligned=False)
     found = available_samples(config, samples, stores, cache, split)
-    data = samples_from(found.samples, stores[0])
+    data = (samples_from or _reading_ahead(config))(found.samples, stores[0])
     loaded = run.load_checkpoint(checkpoint or "")
     begun = _now()
     decoder = decoder or build_decoder(config, device)

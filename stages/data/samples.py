@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from cache_schema.errors import CacheMissing
 from cache_schema.store import FeatureStore
+from stages.data.loader import Frames, NotForked, Ring, features
 from stages.types import Sample
 
 
@@ -101,6 +105,14 @@ def few(samples: Sequence[Sample], count: int, seed: int) -> tuple[Sample, ...]:
     return tuple(samples[i] for i in sorted(chosen.tolist()))
 
 
+@dataclass(frozen=True)
+class Request:
+    """Which samples make a batch: positions in ``CachedSamples.samples``, and the frame draw of each."""
+
+    positions: Sequence[int]
+    draws: Sequence[int]  # any integer; modulo the number of draws of the sample
+
+
 class CachedSamples:
     """Samples read from the cache on demand.
 
@@ -108,10 +120,13 @@ class CachedSamples:
         samples: what ``available`` kept.
         tokens: the CLIP store.
         pooled: the teacher store, or None where no alignment is trained.
+        readers: threads that read ahead in ``batches``.
     """
 
-    def __init__(self, samples: Sequence[Sample], tokens: FeatureStore, pooled: FeatureStore | None = None) -> None:
-        self.samples, self.tokens, self.pooled = tuple(samples), tokens, pooled
+    def __init__(
+        self, samples: Sequence[Sample], tokens: FeatureStore, pooled: FeatureStore | None = None, *, readers: int = 2
+    ) -> None:
+        self.samples, self.tokens, self.pooled, self.readers = tuple(samples), tokens, pooled, readers
         self._windows: list[int] | None = None
 
     def __len__(self) -> int:
@@ -126,22 +141,41 @@ class CachedSamples:
         return self._windows
 
     def batch(self, positions: Sequence[int], draws: Sequence[int] | None = None) -> Batch:
-        """Read the samples at ``positions``; ``draws`` chooses among each sample's frame draws (default: the first)."""
-        chosen = tuple(self.samples[i] for i in positions)
-        picks = [0] * len(chosen) if draws is None else draws
-        frames = [sample.draws[pick % len(sample.draws)] for sample, pick in zip(chosen, picks, strict=True)]
+        """Read the samples at ``positions`` into new memory; ``draws`` chooses among each sample's frame draws
+        (default: the first). The simple way, which ``batches`` is held equal to."""
+        asked = self._asked(positions, [0] * len(positions) if draws is None else draws)
+        pooled = None if self.pooled is None else _stack(self.pooled, asked.wanted)
+        return asked.batch(_stack(self.tokens, asked.wanted), pooled)
+
+    def batches(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
+        """The batches of a known order, read ahead by threads; each is valid until the next one is asked for.
+
+        A frame is read once for all samples of a batch. Raises what ``FeatureStore.read`` raises, at the batch that
+        needs it. Closing the iterator ends the threads.
+        """
+        coming: deque[_Asked] = deque()
+
+        def frames() -> Iterator[Frames]:
+            for request in requests:
+                coming.append(self._asked(request.positions, request.draws))
+                yield Frames.of(coming[-1].wanted)
+
+        stores = [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
+        with Ring(stores, frames(), readers=self.readers, pin=torch.cuda.is_available()) as ring:
+            for stored in ring:
+                tensors = [features(rows, store) for rows, store in zip(stored, stores, strict=True)]
+                yield coming.popleft().batch(tensors[0], tensors[1] if len(tensors) > 1 else None)
+
+    def _asked(self, positions: Sequence[int], draws: Sequence[int]) -> _Asked:
+        chosen = tuple(self.samples[position] for position in positions)
+        frames = [sample.draws[draw % len(sample.draws)] for sample, draw in zip(chosen, draws, strict=True)]
         rows: dict[tuple[str, bytes], int] = {}
         windows = tuple(
             rows.setdefault((sample.video_id, np.asarray(index).tobytes()), len(rows))
             for sample, index in zip(chosen, frames, strict=True)
         )
         firsts = [windows.index(row) for row in range(len(rows))]
-        videos, index = [chosen[i] for i in firsts], [frames[i] for i in firsts]
-        pooled = None if self.pooled is None else _stack(self.pooled, videos, index)
-        lengths = tuple(map(len, index))
-        return Batch(
-            chosen, _stack(self.tokens, videos, index), pooled, windows, lengths if len(set(lengths)) > 1 else None
-        )
+        return _Asked(chosen, windows, [(chosen[i].video_id, frames[i]) for i in firsts])
 
     def target_moments(self) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
         """Mean and covariance of y* over the distinct frames of these samples, from sums in float64 (D4)."""
@@ -162,9 +196,43 @@ class CachedSamples:
         return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(covariance.astype(np.float32))
 
 
-def _stack(store: FeatureStore, samples: Sequence[Sample], frames: Sequence[Int[np.ndarray, " _"]]) -> Tensor:
+@dataclass(frozen=True)
+class _Asked:
+    """A batch before its features: the samples, and the (video, frame indices) of each distinct window."""
+
+    samples: tuple[Sample, ...]
+    windows: tuple[int, ...]  # of each sample
+    wanted: list[tuple[str, Int[np.ndarray, " _"]]]
+
+    def batch(self, f: Tensor, y_star: Tensor | None) -> Batch:
+        lengths = tuple(len(index) for _, index in self.wanted)
+        return Batch(self.samples, f, y_star, self.windows, lengths if len(set(lengths)) > 1 else None)
+
+
+def _stack(store: FeatureStore, wanted: Sequence[tuple[str, Int[np.ndarray, " _"]]]) -> Tensor:
     """One array [V, T, …] filled in place, zeros after the end of shorter ones."""
-    out = np.zeros((len(samples), max(map(len, frames)), *store.spec.frame_shape), dtype=store.spec.dtype)
-    for row, (sample, index) in enumerate(zip(samples, frames, strict=True)):
-        store.read(sample.video_id, index, out=out[row, : len(index)])
+    shape = (len(wanted), max(len(index) for _, index in wanted), *store.spec.frame_shape)
+    out = np.zeros(shape, dtype=store.spec.feature_dtype)
+    for row, (video, index) in zip(out, wanted, strict=True):
+        store.read(video, index, out=row[: len(index)])
     return torch.from_numpy(out)
+
+
+class SampleDataset(Dataset[dict[str, Any]]):
+    """The same samples for a ``DataLoader``, for those whose loop is built on one; ``CachedSamples.batches`` is faster.
+
+    An item is {"position", "f" [T, P, C], "y_star" [T, *D] where there is a teacher}: the first frame draw. Workers
+    must be spawned: ``DataLoader(..., multiprocessing_context="spawn")``; a forked one raises RuntimeError.
+    """
+
+    def __init__(self, data: CachedSamples) -> None:
+        self.data, self._process = data, NotForked()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        self._process.check()
+        batch = self.data.batch([range(len(self.data))[position]])
+        item = {"position": position, "f": batch.f[0]}
+        return item if batch.y_star is None else item | {"y_star": batch.y_star[0]}

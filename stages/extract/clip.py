@@ -170,14 +170,14 @@ class FrozenClip:
         return self.encode(self.view(frames))
 
     def encode(self, pictures: UInt8[Tensor, "b 3 size size"]) -> dict[str, Float[np.ndarray, "b P C"]]:
-        """Tokens in the spec's dtype; a value beyond float16 becomes inf, which the store refuses by frame."""
+        """Tokens in the spec's feature_dtype; a value beyond float16 becomes inf, which the store refuses by frame."""
         self._tower.eval()  # whoever called train() on it must not change the features
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             pixels = pictures.to(self._device).float().div(255)
             pixels = ((pixels - self._mean) / self._std).to(self._compute)
             tokens = self._tower(pixels)  # [b, P, C]
             assert tuple(tokens.shape[1:]) == self._spec.frame_shape, (tokens.shape, self._spec.frame_shape)
-            stored: np.ndarray = tokens.to(getattr(torch, self._spec.dtype)).cpu().numpy()
+            stored: np.ndarray = tokens.to(getattr(torch, self._spec.feature_dtype)).cpu().numpy()
         return {MODALITY: stored}
 
     def weights_digest(self) -> str:

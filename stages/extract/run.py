@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,16 @@ from jaxtyping import Int
 
 from cache_schema.objects import StorePath
 from cache_schema.plan import Segment, Task
+from cache_schema.quantize import LIMIT, ChannelScale, calibrate
 from cache_schema.spec import FeatureSpec
-from cache_schema.store import FeatureStore, SegmentResult
+from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult
 from stages.config import PipelineConfig
 from stages.data.frames import open_source
 from stages.extract.conveyor import make_features, run_tasks
 from stages.types import FrameSource, FrozenEncoder
 
 Progress = Callable[[int, int, str], None]
+CALIBRATION_VIDEOS, CALIBRATION_FRAMES = 50, 200  # of int8, see cache_schema.quantize
 TASKS_AHEAD = 2  # queued per Dask worker: enough to keep it busy, few enough that nothing is stolen and run twice
 PAUSE_S = 1.0  # before asking again for a task that another extraction has claimed
 
@@ -42,6 +45,7 @@ class Job:
         cache: path of the store.
         device: torch device of the encoder.
         help_command: what to type when the cache does not fit.
+        calibration: (video, frame indices) to take the channel scales of a new int8 modality from.
     """
 
     config: PipelineConfig
@@ -49,6 +53,7 @@ class Job:
     cache: StorePath
     device: str
     help_command: str = ""
+    calibration: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass
@@ -89,7 +94,7 @@ def tools(job: Job) -> tuple[FrameSource, tuple[FrozenEncoder, ...]]:
 def worker(job: Job) -> tuple[FrameSource, tuple[FrozenEncoder, ...], dict[str, FeatureStore]]:
     """The tools and the stores that they write; stores that are not there are made."""
     source, encoders = tools(job)
-    return source, encoders, open_stores(job, specs_made(encoders))
+    return source, encoders, open_stores(job, specs_made(encoders), functools.partial(_calibrate, job))
 
 
 def release(job: Job) -> None:
@@ -112,18 +117,60 @@ def specs_made(encoders: Sequence[FrozenEncoder]) -> dict[str, FeatureSpec]:
     return {modality: spec for encoder in encoders for modality, spec in encoder.specs.items()}
 
 
-def open_stores(job: Job, specs: Mapping[str, FeatureSpec]) -> dict[str, FeatureStore]:
-    """Create or open one store per modality. Raises CacheMismatch when an existing one was made otherwise."""
-    return {
-        modality: FeatureStore.create(
+def open_stores(
+    job: Job, specs: Mapping[str, FeatureSpec], calibrate: Callable[[str], ChannelScale] | None = None
+) -> dict[str, FeatureStore]:
+    """Create or open one store per modality; a new int8 one is calibrated first.
+
+    Raises CacheMismatch when an existing one was made otherwise, TooInexact when int8 would spoil the features.
+    """
+    stores = {}
+    for modality, spec in specs.items():
+        is_new = spec.dtype == "int8" and not (job.cache / modality / "zarr.json").exists()
+        stores[modality] = FeatureStore.create(
             job.cache,
             modality,
             spec,
             shard_frames=job.config.extract.shard_frames,
             help_command=job.help_command,
+            channel_scale=calibrate(modality) if is_new and calibrate is not None else None,
         )
-        for modality, spec in specs.items()
-    }
+    return stores
+
+
+def calibration_frames(wanted: Mapping[str, Int[np.ndarray, " n"]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """About 200 of the wanted frames, of at most 50 videos: the same for the same wish, whatever its order."""
+    rng = np.random.default_rng(0)
+    videos = sorted(wanted)
+    chosen = [videos[at] for at in rng.permutation(len(videos))[:CALIBRATION_VIDEOS].tolist()]
+    each = -(-CALIBRATION_FRAMES // max(1, len(chosen)))
+    picks = []
+    for video in chosen:
+        frames = np.asarray(wanted[video])
+        kept = np.sort(rng.permutation(len(frames))[:each])
+        picks.append((video, tuple(frames[kept].tolist())))
+    return tuple(picks)
+
+
+def _calibrate(job: Job, modality: str) -> ChannelScale:
+    source, encoders = tools(job)
+    makers = [encoder for encoder in encoders if modality in encoder.specs]
+    parts = []
+    for video, index in job.calibration:
+        segment = Segment(video, index, 0)
+        try:
+            made = make_features(source, makers, segment, batch_size=job.config.extract.batch_size)
+            parts += [batch[modality] for batch in made.features]
+        except SegmentFailed:
+            continue  # it will be quarantined by name when its turn comes
+    features = np.concatenate(parts) if parts else np.empty((0, 1, 1), np.float16)
+    scale = calibrate(features[np.random.default_rng(0).permutation(len(features))])
+    print(
+        f"{modality} as int8: error {100 * scale.error:.2f} % (limit {100 * LIMIT:.1f} %), smallest cosine "
+        f"{scale.min_cosine:.5f}, on frames that the {scale.frames} of the calibration do not include",
+        file=sys.stderr,
+    )
+    return scale
 
 
 def run_task(job: Job, task: Task) -> dict[str, int]:
@@ -174,6 +221,7 @@ def extract(
     finally:
         source.close()
     present = {video: frames for video, frames in wanted.items() if video not in set(missing)}
+    job = replace(job, calibration=calibration_frames(present))
     with _Engine(job, workers) as engine:
         stores = list(open_stores(job, engine.specs()).values())
         if present:

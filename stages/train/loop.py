@@ -7,10 +7,11 @@ that was stopped after any step continues bit for bit (on CPU), and runs may tak
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.config import AlignConfig, TrainConfig
-from stages.data.samples import Batch, CachedSamples
+from stages.data.samples import Batch, CachedSamples, Request
 from stages.train import budget, diagnostics
 from stages.train.alignment import Alignment
 from stages.train.noise import Noise
@@ -235,26 +236,24 @@ class Trainer:
         windows = None if window_of is None else [window_of[i] for i in positions]
         return [(positions[part], draws[part]) for part in micro_batches(len(positions), size, windows)]
 
-    def step(self, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, float]:
-        """One optimiser step; returns what is logged: losses, gradient norm, learning rate."""
+    def step(
+        self, data: CachedSamples, step: int, schedule: Schedule, batches: Iterator[Batch] | None = None
+    ) -> dict[str, float]:
+        """One optimiser step; returns what is logged: losses, gradient norm, learning rate.
+
+        ``batches`` gives the micro-batches of this step, and of the following ones, where they are read ahead.
+        """
         cuts = self.cuts(data, step, schedule)
+        batches = batches or (data.batch(*cut) for cut in cuts)
         answers = [data.samples[i].answer for positions, _ in cuts for i in positions]
         answer_tokens = self.decoder.count_answer_tokens(answers)
         totals: dict[str, float] = {}
         self.begin(schedule.lr(step))
         first = 0
-        for positions, draws in cuts:
-            add(
-                totals,
-                self.accumulate(
-                    data.batch(positions, draws),
-                    step=step,
-                    first=first,
-                    answer_tokens=answer_tokens,
-                    num_samples=len(answers),
-                ),
-            )
-            first += len(positions)
+        for batch in itertools.islice(batches, len(cuts)):
+            counts = {"answer_tokens": answer_tokens, "num_samples": len(answers)}
+            add(totals, self.accumulate(batch, step=step, first=first, **counts))
+            first += len(batch.samples)
         return totals | self.finish()
 
     def finish(self) -> dict[str, float]:
@@ -344,25 +343,29 @@ def train(
     schedule = make_schedule(trainer.cfg, len(data))
     trainer.student.train()
     started, last = time.monotonic(), {}
-    for step in range(first_step, schedule.total_steps):
-        last = trainer.step(data, step, schedule)
-        done = step + 1
-        epoch_ends = done % schedule.steps_per_epoch == 0 or done == schedule.total_steps
-        record: dict[str, Any] = {"step": done, "epoch": step // schedule.steps_per_epoch, **last}
-        is_best = False
-        if epoch_ends and validate is not None:
-            trainer.student.eval()
-            record["val_top1"] = accuracy = validate()
-            trainer.student.train()
-            is_best, best = accuracy > best, max(accuracy, best)
-        size = trainer.cfg.batch_size
-        if diagnostics.probe_due(done, schedule.total_steps, batch_size=size, num_samples=len(data)):
-            record |= trainer.probe(data)
-        log(record)
-        progress(done, schedule.total_steps, f"loss {last['loss_ce']:.3f}")
-        due = done % trainer.cfg.save_every == 0 if trainer.cfg.save_every else epoch_ends
-        if due or is_best or done == schedule.total_steps:
-            save(done, trainer.checkpoint(), {"step": done, "best": best, "is_best": is_best})
+    steps = range(first_step, schedule.total_steps)
+    # The order is a function of (seed, epoch): the next batches are read while this one is learnt from.
+    batches = data.batches(Request(*cut) for step in steps for cut in trainer.cuts(data, step, schedule))
+    with contextlib.closing(batches):
+        for step in steps:
+            last = trainer.step(data, step, schedule, batches)
+            done = step + 1
+            epoch_ends = done % schedule.steps_per_epoch == 0 or done == schedule.total_steps
+            record: dict[str, Any] = {"step": done, "epoch": step // schedule.steps_per_epoch, **last}
+            is_best = False
+            if epoch_ends and validate is not None:
+                trainer.student.eval()
+                record["val_top1"] = accuracy = validate()
+                trainer.student.train()
+                is_best, best = accuracy > best, max(accuracy, best)
+            size = trainer.cfg.batch_size
+            if diagnostics.probe_due(done, schedule.total_steps, batch_size=size, num_samples=len(data)):
+                record |= trainer.probe(data)
+            log(record)
+            progress(done, schedule.total_steps, f"loss {last['loss_ce']:.3f}")
+            due = done % trainer.cfg.save_every == 0 if trainer.cfg.save_every else epoch_ends
+            if due or is_best or done == schedule.total_steps:
+                save(done, trainer.checkpoint(), {"step": done, "best": best, "is_best": is_best})
     return {
         "steps": schedule.total_steps,
         "first_step": first_step,

@@ -79,7 +79,7 @@ class Frames:
         shape = store.spec.frame_shape
         tokens, width = (shape[0], shape[1]) if store.modality == "tokens" else (1, math.prod(shape))
         self.shape = (len(samples[0].frame_index), tokens, width)
-        itemsize = np.dtype(store.spec.dtype).itemsize
+        itemsize = np.dtype(store.spec.feature_dtype).itemsize
         fits = len(samples) * math.prod(self.shape) * itemsize <= IN_MEMORY_BYTES
         self._all: Tensor | None = self._read(range(len(samples))) if fits else None
 
@@ -97,7 +97,8 @@ class Frames:
         return [range(first, min(first + size, len(self))) for first in range(0, len(self), size)]
 
     def _read(self, positions: Sequence[int]) -> Tensor:
-        out = np.empty((len(positions), self.shape[0], *self.store.spec.frame_shape), dtype=self.store.spec.dtype)
+        spec = self.store.spec
+        out = np.empty((len(positions), self.shape[0], *spec.frame_shape), dtype=spec.feature_dtype)
         for row, position in zip(out, positions, strict=True):
             self.store.read(self.samples[position].video_id, self.samples[position].frame_index, out=row)
         return torch.from_numpy(out).reshape(len(positions), *self.shape)

@@ -106,7 +106,7 @@ def _counted() -> Iterator[dict[str, Any]]:
     from pipeline import compose
 
     found: dict[str, Any] = {"bytes": 0, "llm_loads": 0}
-    read, build = FeatureStore.read, compose.build_decoder
+    read, build = FeatureStore.read_stored, compose.build_decoder
 
     def counted_read(self: Any, *args: Any, **options: Any) -> Any:
         rows = read(self, *args, **options)
@@ -117,12 +117,12 @@ def _counted() -> Iterator[dict[str, Any]]:
         found["llm_loads"] += 1
         return build(*args)
 
-    FeatureStore.read, compose.build_decoder = counted_read, counted_build  # type: ignore[method-assign]
+    FeatureStore.read_stored, compose.build_decoder = counted_read, counted_build  # type: ignore[method-assign]
     before, started, cpu = _peak(), time.monotonic(), time.process_time()
     with contextlib.redirect_stderr(io.StringIO()):
         yield found
     found |= {"wall": time.monotonic() - started, "cpu": time.process_time() - cpu, "memory": _peak() - before}
-    FeatureStore.read, compose.build_decoder = read, build  # type: ignore[method-assign]
+    FeatureStore.read_stored, compose.build_decoder = read, build  # type: ignore[method-assign]
 
 
 def _peak() -> int:

@@ -236,7 +236,7 @@ def test_an_array_that_is_not_of_this_format_is_refused_by_field(tmp_path, path,
 @pytest.mark.parametrize(
     ("path", "value", "error", "message"),
     [
-        (["attributes", "format_version"], 2, CacheMismatch, "format_version is 2; this program reads up to 1"),
+        (["attributes", "format_version"], 3, CacheMismatch, "format_version is 3; this program reads up to 2"),
         (["attributes", "format_version"], "1", CacheCorrupt, "format_version must be"),
         (["attributes", "format"], "anndata", CacheMismatch, "another program's Zarr group"),
         (["attributes", "shard_frames"], 0, CacheCorrupt, "shard_frames"),
@@ -282,7 +282,7 @@ def test_a_plan_of_a_newer_format_or_with_a_missing_generation_is_refused(tmp_pa
 def test_a_shard_of_a_newer_format_is_refused_as_such(tmp_path, monkeypatch):
     store = create(tmp_path)
     store.extend_plan({"ant": [0]})
-    monkeypatch.setattr("cache_schema.shard.FORMAT_VERSION", 2)
+    monkeypatch.setattr(Layout, "format_version", 3)
     writer = ShardWriter(store.layout, 0)
     writer.begin(Part(store.plan.segments[0], 0, 0, 0, 1))
     writer.append(features("tokens", "ant", [0]))
@@ -291,7 +291,7 @@ def test_a_shard_of_a_newer_format_is_refused_as_such(tmp_path, monkeypatch):
     store.layout.info.shard_file(0).parent.mkdir(parents=True)
     writer.partial.rename(store.layout.info.shard_file(0))
     monkeypatch.undo()
-    with pytest.raises(CacheMismatch, match="format_version is 2"):
+    with pytest.raises(CacheMismatch, match="format_version is 3"):
         store.pending()
     assert [problem.kind for problem in verify.quick(store)] == ["newer_format"]
 

@@ -110,15 +110,15 @@ def test_a_step_reads_each_batch_once_however_many_students(
     make_trainer: MakeTrainer, cached: CachedSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[tuple[str, str]] = []
-    original = FeatureStore.read
+    original = FeatureStore.read_stored
 
     def counted(self: FeatureStore, video: str, *args: Any, **options: Any) -> Any:
         reads.append((self.modality, video))
         return original(self, video, *args, **options)
 
-    monkeypatch.setattr(FeatureStore, "read", counted)
+    monkeypatch.setattr(FeatureStore, "read_stored", counted)
     monkeypatch.setattr(diagnostics, "probe_due", lambda *_, **__: False)  # each looks at its own probe samples
-    alone(make_trainer(), cached)
+    together({"1": make_trainer()}, cached)
     solo = list(reads)
     assert len(solo) == 2 * 2 * 7  # both stores, two epochs, seven samples
     reads.clear()

@@ -236,3 +236,13 @@ def test_malmm_schedule_warms_up_inside_the_first_epoch_and_steps_down_per_epoch
 def test_cosine_schedule_changes_at_every_step() -> None:
     schedule = Schedule(TrainConfig(schedule="cosine_steps", lr=1.0, warmup_steps=2, warmup_lr=0.0), 5, 12)
     assert [schedule.lr(s) for s in (0, 1, 2, 7)] == pytest.approx([0.0, 0.5, 1.0, 0.5])
+
+
+def test_reading_ahead_changes_no_bit_of_a_training(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    """The trainer reads through the ring; step by step through ``CachedSamples.batch`` the numbers are the same."""
+    ahead, _ = run(make_trainer(dropout=0.1, micro_batch=3), cached)
+    trainer = make_trainer(dropout=0.1, micro_batch=3)
+    trainer.student.train()
+    schedule = make_schedule(trainer.cfg, len(cached))
+    simple = [trainer.step(cached, step, schedule) for step in range(schedule.total_steps)]
+    assert [{key: record[key] for key in simple[0]} for record in ahead] == simple
