@@ -91,7 +91,7 @@ def baselines(
         "out": str(out),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "baselines.json").write_text(results.as_json(result) + "\n")
+    (out / "baselines.json").write_text(results.to_json(result) + "\n")
     return result
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
@@ -21,7 +21,17 @@ MATRIX = 8  # classes up to which the confusion matrix is printed
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
-def as_json(result: Result) -> str:
+def tell(result: Result, show: Callable[[Result], None], *, as_json: bool) -> None:
+    """Notes go to stderr; the result to stdout, as one line of JSON or as ``show`` prints it."""
+    for warning in result.get("warnings", ()):
+        print(f"note: {printable(str(warning))}", file=sys.stderr)
+    if as_json:
+        print(to_json(result))
+    else:
+        show(result)
+
+
+def to_json(result: Result) -> str:
     """One line of strict JSON: numbers that are not finite become null."""
     return json.dumps(_strict(result), default=str, allow_nan=False)
 

@@ -9,11 +9,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
-from pipeline import presets
+from pipeline import commands, presets
 from pipeline.cli import app
 from pipeline.overrides import apply
 from pipeline.runs import RunFolder
@@ -102,6 +104,16 @@ def test_version_is_the_one_of_the_distribution() -> None:
     from importlib.metadata import version
 
     assert run("--version").stdout == version("diff-lmm") + "\n"
+
+
+def test_every_command_is_in_the_module_that_the_map_of_commands_names() -> None:
+    told = {}
+    for module, names in re.findall(r"^    (\w+)\.py +(.*)$", str(commands.__doc__), re.MULTILINE):
+        told |= dict.fromkeys(names.split(" · "), f"pipeline.commands.{module}")
+    del told["the options that commands share, and what their values mean"]
+    found: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    found |= {f"cache {name}": command for name, command in found.pop("cache").commands.items()}
+    assert {name: command.callback.__module__ for name, command in found.items()} == told
 
 
 # ---------------------------------------------------------------- what is passed on

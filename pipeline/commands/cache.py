@@ -1,17 +1,29 @@
 """``pipeline cache``: what is in a feature store, whether it is sound, and how to mend it.
 
-Parse, call, print, as in pipeline/cli.py; what the commands do is in pipeline/cache_tools.py.
+The work: pipeline/cache_tools.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import results
+from pipeline.commands.options import (
+    CacheOption,
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    config_of,
+    device_of,
+    load_compose,
+    place_of,
+)
 from pipeline.errors import CACHE, FAILURES, guard
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     from pipeline.cache_tools import Options
@@ -31,18 +43,7 @@ PresetOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting that the store was extracted with.")
 ]
-CacheOption = Annotated[
-    str | None,
-    typer.Option("--cache", metavar="PATH", help="The feature store: a folder or s3://… [default: cache/…, by preset]"),
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="auto (CUDA where there is one), cpu, cuda or cuda:N.")
-]
 HashOption = Annotated[bool, typer.Option("--hash", help="With --sources: read every video, whatever its time says.")]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the result as one JSON object, the last line of stdout.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command("ls", epilog="Example:  pipeline cache ls cache")
@@ -55,7 +56,7 @@ def ls(
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
 
-        _show("ls", cache_tools.list_stores(folder), as_json)
+        results.tell(cache_tools.list_stores(folder), results.show_cache_ls, as_json=as_json)
 
 
 @app.command("verify", epilog="Example:  pipeline cache verify --full --semantic 8 --sources")
@@ -82,7 +83,6 @@ def verify(
     """Check a store: quickly by its index and footers, or deeper. Exit code 4 where something is wrong."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
-        from pipeline.progress import Progress
 
         options = _options(preset, sets, cache)
         with Progress() as progress:
@@ -97,7 +97,7 @@ def verify(
                 device=_device(device),
                 progress=progress,
             )
-        _show("verify", result, as_json)
+        results.tell(result, results.show_cache_verify, as_json=as_json)
         if result["problems"]:
             raise typer.Exit(CACHE)
 
@@ -120,7 +120,6 @@ def repair(
     """Extract the damaged shards again, and nothing else. What cannot be mended stays as it is, with exit code 4."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
-        from pipeline.progress import Progress
 
         options = _options(preset, sets, cache)
         with Progress() as progress:
@@ -133,7 +132,7 @@ def repair(
                 device=_device(device),
                 progress=progress,
             )
-        _show("repair", result, as_json)
+        results.tell(result, results.show_cache_repair, as_json=as_json)
         if result["left"] or (dry_run and result["damaged"]):
             raise typer.Exit(CACHE)
 
@@ -160,7 +159,7 @@ def gc(
         result = cache_tools.collect_garbage(
             _options(preset, sets, cache), dead_hosts=set(host or ()), unplanned=unplanned, dry_run=dry_run
         )
-        _show("gc", result, as_json)
+        results.tell(result, results.show_cache_gc, as_json=as_json)
 
 
 @app.command("inspect", epilog="Example:  pipeline cache inspect v000")
@@ -176,7 +175,9 @@ def inspect(
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
 
-        _show("inspect", cache_tools.inspect(_options(preset, sets, cache), video), as_json)
+        results.tell(
+            cache_tools.inspect(_options(preset, sets, cache), video), results.show_cache_inspect, as_json=as_json
+        )
 
 
 @app.command("export", epilog="Example:  pipeline cache export --out tars --modality pooled/layer8")
@@ -199,16 +200,15 @@ def export(
         from pipeline import cache_tools
 
         result = cache_tools.export(_options(preset, sets, cache), out, form=form, modalities=modality or [])
-        _show("export", result, as_json)
+        results.tell(result, results.show_cache_export, as_json=as_json)
         if result["skipped"]:
             raise typer.Exit(FAILURES)
 
 
 def _options(preset: str, sets: list[str] | None, cache: str | None) -> Options:
-    from pipeline import cache_tools, overrides, presets
-    from pipeline.cli import place_of  # here: cli imports this module
+    from pipeline import cache_tools
 
-    config = overrides.apply(presets.get(preset), sets or [])
+    config = config_of(preset, sets)
     return cache_tools.Options(config, sets or [], place_of(cache, config))
 
 
@@ -216,25 +216,7 @@ def _device(name: str) -> Callable[[], str]:
     """Resolved only where an encoder is built: that loads torch."""
 
     def resolve() -> str:
-        from pipeline import cli  # here: cli imports this module
-
-        cli._compose(dry_run=False)
-        return cli._device(name, dry_run=False)
+        load_compose()
+        return device_of(name)
 
     return resolve
-
-
-def _show(command: str, result: dict[str, Any], as_json: bool) -> None:
-    from pipeline import results
-
-    if as_json:
-        print(results.as_json(result))
-    else:
-        {
-            "ls": results.show_cache_ls,
-            "verify": results.show_cache_verify,
-            "repair": results.show_cache_repair,
-            "gc": results.show_cache_gc,
-            "inspect": results.show_cache_inspect,
-            "export": results.show_cache_export,
-        }[command](result)

@@ -1,0 +1,102 @@
+"""``extract``, ``extract-clip``, ``extract-teacher``: frozen features into the cache. The work: pipeline/compose.py."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline import results
+from pipeline.commands.options import (
+    BudgetOption,
+    CacheOption,
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    LocalOption,
+    PresetOption,
+    SetOption,
+    config_of,
+    device_of,
+    load_compose,
+    place_of,
+)
+from pipeline.errors import FAILURES, guard
+from pipeline.progress import Progress
+
+app = typer.Typer()
+
+WHICH: dict[str, Literal["both", "clip", "teacher"]] = {
+    "extract": "both",
+    "extract-clip": "clip",
+    "extract-teacher": "teacher",
+}
+
+
+def extract(
+    context: typer.Context,
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Also keep the result as DIR/COMMAND.json.")
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option("--split", metavar="NAME", help="Only this split; repeatable. [default: all]")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, metavar="N", help="Dask worker processes; 0 works in this process.")
+    ] = 0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try videos again that failed before.")] = False,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """All three commands; their names say which features."""
+    with guard(debug=debug, as_json=as_json):
+        command = context.info_name or ""
+        config = config_of(preset, sets)
+        place = place_of(cache, config, cache_local, cache_local_budget)
+        compose = load_compose(dry_run=dry_run)
+        with Progress() as progress:
+            result = compose.extract(
+                config,
+                which=WHICH[command],
+                cache=place,
+                workers=workers,
+                retry_failed=retry_failed,
+                splits=split or [],
+                device=device_of(device, dry_run=dry_run),
+                dry_run=dry_run,
+                progress=progress,
+            )
+        if out is not None and not dry_run:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{command}.json").write_text(results.to_json(result) + "\n")
+        show = partial(results.show_estimate, command) if dry_run else results.show_extraction
+        results.tell(result, show, as_json=as_json)
+        if not dry_run and result["failed"]:
+            raise typer.Exit(FAILURES)
+
+
+app.command(
+    "extract",
+    help="Put the features of both frozen networks into the cache; every frame is decoded once.",
+    epilog="Example:  pipeline extract --preset lvu-relationship --workers 2",
+)(extract)
+app.command(
+    "extract-clip",
+    help="Put the patch tokens of the frozen image encoder into the cache.",
+    epilog="Example:  pipeline extract-clip --preset lvu-relationship --workers 2",
+)(extract)
+app.command(
+    "extract-teacher",
+    help="Put the pooled targets of the diffusion teacher into the cache.",
+    epilog="Example:  pipeline extract-teacher --preset miniature --set teacher.layer=4",
+)(extract)

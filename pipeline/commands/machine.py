@@ -1,0 +1,54 @@
+"""``synth``, ``doctor``: what a first start needs. The work: stages/miniature/world.py and pipeline/doctor.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import results
+from pipeline.commands.options import DebugOption, JsonOption
+from pipeline.errors import ENVIRONMENT, guard
+
+app = typer.Typer()
+
+
+@app.command("synth", epilog="Example:  pipeline synth --videos 60 --seed 1 --out cache/another-world")
+def synth(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where videos and annotations go.")] = Path(
+        "cache/miniature/world"  # where preset miniature looks
+    ),
+    videos: Annotated[int, typer.Option("--videos", min=6, metavar="N", help="How many, all splits together.")] = 48,
+    workers: Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Processes that draw.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Another seed draws other videos.")] = 0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Draw the small labelled videos that the miniature preset runs on."""
+    with guard(debug=debug, as_json=as_json):
+        from stages.miniature.world import write_world
+
+        world = write_world(out, videos=videos, seed=seed, workers=workers)
+        result = {"folder": str(world.root), "videos": world.videos, "frames": world.frames, "written": world.written}
+        results.tell(result, results.show_synth, as_json=as_json)
+
+
+@app.command("doctor", epilog="Example:  pipeline doctor --store s3://bucket/features")
+def doctor(
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URL", help="Also try what a cache needs of this object store.")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what this machine, and an object store, have and lack."""
+    with guard(debug=debug, as_json=as_json):
+        from pipeline import doctor as room
+
+        result = room.examine(store)
+        results.tell(result, results.show_doctor, as_json=as_json)
+        if complaint := room.complaint(result):
+            print(f"error: {complaint}", file=sys.stderr)
+            raise typer.Exit(ENVIRONMENT)

@@ -1,0 +1,161 @@
+"""``train-student``, ``evaluate``, ``baselines``. The work: pipeline/compose.py and pipeline/baselines.py."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline import results
+from pipeline.commands.options import (
+    BudgetOption,
+    CacheOption,
+    CheckpointOption,
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    LocalOption,
+    PresetOption,
+    RunOption,
+    SetOption,
+    SplitOption,
+    config_of,
+    device_of,
+    load_compose,
+    place_of,
+)
+from pipeline.errors import guard
+from pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    from stages.config import PipelineConfig
+
+app = typer.Typer()
+
+
+@app.command("train-student", epilog="Example:  pipeline train-student --set train.lr=3e-4 --out runs/slower")
+def train_student(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Memory to stay within, such as 20GB; chooses the micro-batch."),
+    ] = None,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train the memory-bank student against the cache."""
+    with guard(debug=debug, as_json=as_json):
+        room = [] if memory is None else [f"train.memory={memory}", "train.micro_batch=0"]
+        config = config_of(preset, [*(sets or []), *room])
+        place = place_of(cache, config, cache_local, cache_local_budget)
+        compose = load_compose(dry_run=dry_run)
+        with Progress() as progress:
+            result = compose.train(
+                config,
+                cache=place,
+                out=out or Path("runs") / config.preset,
+                device=device_of(device, dry_run=dry_run),
+                dry_run=dry_run,
+                progress=progress,
+            )
+        show = partial(results.show_estimate, "train-student") if dry_run else results.show_training
+        results.tell(result, show, as_json=as_json)
+
+
+@app.command("evaluate", epilog="Example:  pipeline evaluate --run runs/slower --split val --checkpoint best")
+def evaluate(
+    preset: Annotated[
+        str,
+        typer.Option("--preset", metavar="NAME", help="Instead of the configuration that the run was trained with."),
+    ] = "",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
+    run: RunOption = None,
+    split: SplitOption = "test",
+    checkpoint: CheckpointOption = None,
+    device: DeviceOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Answer the questions of a split and score the answers."""
+    with guard(debug=debug, as_json=as_json):
+        run = run or Path("runs") / (preset or "miniature")
+        config, changed = _config_of_run(run, preset, sets)
+        place = place_of(cache, config, cache_local, cache_local_budget)
+        compose = load_compose(dry_run=dry_run)
+        with Progress() as progress:
+            result = compose.evaluate(
+                config if changed else None,
+                cache=place,
+                out=run,
+                split=split,
+                checkpoint=checkpoint,
+                device=device_of(device, dry_run=dry_run),
+                dry_run=dry_run,
+                progress=progress,
+            )
+        show = partial(results.show_estimate, "evaluate") if dry_run else results.show_evaluation
+        results.tell(result, show, as_json=as_json)
+
+
+def _config_of_run(run: Path, preset: str, sets: list[str] | None) -> tuple[PipelineConfig, bool]:
+    """The configuration of an evaluation, and whether it is another than the run's own."""
+    from pipeline import overrides, presets
+    from pipeline.runs import RunFolder
+
+    base = presets.get(preset) if preset else RunFolder.open(run).config
+    return overrides.apply(base, sets or []), bool(preset or sets)
+
+
+@app.command("baselines", epilog="Example:  pipeline baselines --probe clip_mean --probe teacher_mean")
+def baselines(
+    preset: PresetOption = "miniature",
+    sets: SetOption = None,
+    cache: CacheOption = None,
+    cache_local: LocalOption = None,
+    cache_local_budget: BudgetOption = "50GB",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where they are kept. [default: runs/PRESET-baselines]")
+    ] = None,
+    split: SplitOption = "test",
+    probe: Annotated[
+        list[str] | None, typer.Option("--probe", metavar="NAME", help="Only this one; repeatable. [default: all]")
+    ] = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Majority class and probes on the cached features: what a student has to beat. Runs on the CPU."""
+    with guard(debug=debug, as_json=as_json):
+        config = config_of(preset, sets)
+        place = place_of(cache, config, cache_local, cache_local_budget)
+        load_compose(dry_run=dry_run)
+        from pipeline.baselines import baselines as run_baselines
+
+        with Progress() as progress:
+            result = run_baselines(
+                config,
+                cache=place,
+                out=out or Path("runs") / f"{config.preset}-baselines",
+                split=split,
+                names=probe or [],
+                dry_run=dry_run,
+                progress=progress,
+            )
+        show = partial(results.show_estimate, "baselines") if dry_run else results.show_baselines
+        results.tell(result, show, as_json=as_json)
