@@ -25,7 +25,7 @@ import torch
 
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
-from pipeline import compose, overrides
+from pipeline import compose, inputs, overrides, training
 from pipeline.ledger import Ledger
 from pipeline.progress import OnProgress
 from pipeline.runs import RunFolder
@@ -101,7 +101,7 @@ class Sources:
         """The dataset that ``data`` names."""
         key = _text(config, "data")
         if key not in self._datasets:
-            self._datasets[key] = compose.load_dataset(config)
+            self._datasets[key] = inputs.load_dataset(config)
         return self._datasets[key]
 
     def stores(self, config: PipelineConfig) -> list[FeatureStore]:
@@ -109,18 +109,18 @@ class Sources:
         aligned = config.train.lambda_kd > 0
         key = f"{aligned}{_text(config, 'data', 'clip', 'teacher')}"
         if key not in self._stores:
-            self._stores[key] = compose.open_stores(config, self.cache, aligned=aligned)
+            self._stores[key] = inputs.open_stores(config, self.cache, aligned=aligned)
         return self._stores[key]
 
     def samples(self, config: PipelineConfig, *, wanted: bool = False) -> tuple[Sample, ...]:
         """The training samples in the order of a run alone; with ``wanted``, whether or not the cache has them."""
         key = f"{wanted}{config.train.lambda_kd > 0}{_text(config, 'data', 'clip', 'teacher', 'train')}"
         if key not in self._samples:
-            compose.refuse_leaks(config, self.dataset(config).leaks)
-            found = compose.samples_of(self.dataset(config), "train")
+            inputs.refuse_leaks(config, self.dataset(config).leaks)
+            found = inputs.samples_of(self.dataset(config), "train")
             if not wanted:
                 stores = self.stores(config)
-                found = list(compose.available_samples(config, found, stores, self.cache, "train").samples)
+                found = list(inputs.available_samples(config, found, stores, self.cache, "train").samples)
             self._samples[key] = few(found, config.train.max_samples, config.train.seed)
         return self._samples[key]
 
@@ -201,7 +201,7 @@ class Runner:
         key = _text(config, "decode")
         if self._decoder is None or self._decoder[0] != key:
             self._decoder = None  # the old one goes before the new one comes
-            self._decoder = (key, compose.build_decoder(config, self.device))
+            self._decoder = (key, training.build_decoder(config, self.device))
             self.llm_loads += 1
         return self._decoder[1]
 
@@ -234,7 +234,7 @@ class Runner:
     def _trainer(self, variant: Variant, data: CachedSamples, decoder: Decoder) -> Trainer:
         """As ``train-student`` builds it: without lambda there is no teacher."""
         own = data if variant.config.train.lambda_kd > 0 else CachedSamples(data.samples, data.tokens)
-        return compose.build_trainer(variant.config, own, self.device, decoder)
+        return training.build_trainer(variant.config, own, self.device, decoder)
 
     def _train(
         self, variants: Sequence[Variant], data: CachedSamples, decoder: Decoder, kept: Kept, where: str
@@ -257,10 +257,10 @@ class Runner:
     ) -> grid.Entrant:
         config = variant.config
         run = RunFolder.create(self.ledger.out / variant.name, config)
-        state = compose.resume_run(run, trainer)
+        state = training.resume_run(run, trainer)
         total = make_schedule(config.train, num_samples).total_steps
-        log, save = stack.enter_context(compose.recording(run, first_step=state["step"], total=total))
-        validate = compose.validation(
+        log, save = stack.enter_context(training.recording(run, first_step=state["step"], total=total))
+        validate = training.validation(
             config,
             self.sources.dataset(config),
             self.sources.stores(config),
@@ -389,7 +389,7 @@ def _estimate(variants: Sequence[Variant], passes: Sequence[Sequence[Variant]], 
     """What ``--dry-run`` says: arithmetic only, and the size of a student where its files are on this machine."""
     one_by_one = together = steps = 0
     for members in passes:
-        alone = [compose.training_estimate(v.config, sources.samples(v.config, wanted=True)) for v in members]
+        alone = [training.training_estimate(v.config, sources.samples(v.config, wanted=True)) for v in members]
         one_by_one += sum(part["bytes_read_from_cache"] for part in alone)
         together += max(part["bytes_read_from_cache"] for part in alone)
         steps += sum(part["steps"] for part in alone)
@@ -415,10 +415,10 @@ def _planned_state(config: PipelineConfig) -> int:
     cfg = config.decode
     folder = weights.resolve(cfg.llm_config or cfg.llm, cfg.revision, patterns=["config.json"], local_only=True)
     llm_width = int(json.loads((folder / "config.json").read_text())["hidden_size"])
-    clip_width = next(shape for _, (shape, _) in compose.shapes(config, "clip"))[-1]
-    modules: list[torch.nn.Module] = [compose.build_student(config, clip_width, llm_width, "cpu")]
+    clip_width = next(shape for _, (shape, _) in inputs.shapes(config, "clip"))[-1]
+    modules: list[torch.nn.Module] = [training.build_student(config, clip_width, llm_width, "cpu")]
     if config.train.lambda_kd > 0:
-        target = int(np.prod(next(shape for _, (shape, _) in compose.shapes(config, "teacher"))))
+        target = int(np.prod(next(shape for _, (shape, _) in inputs.shapes(config, "teacher"))))
         zero, one = torch.zeros(target), torch.eye(target)
         modules.append(
             Alignment(

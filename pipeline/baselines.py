@@ -18,8 +18,8 @@ from typing import Any
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import registry, results, scoring
-from pipeline.compose import available_samples, load_dataset, open_stores, refuse_leaks, samples_of
 from pipeline.errors import ConfigError
+from pipeline.inputs import available_samples, load_dataset, open_stores, refuse_leaks, samples_of
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
 from stages.data.samples import few

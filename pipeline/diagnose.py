@@ -21,9 +21,10 @@ from cache_schema.errors import CacheMismatch, CacheMissing
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import registry
-from pipeline.compose import available_samples, build_trainer, load_dataset, open_stores, samples_of
+from pipeline.inputs import available_samples, load_dataset, open_stores, samples_of
 from pipeline.progress import OnProgress
 from pipeline.runs import RunFolder
+from pipeline.training import build_trainer
 from stages.config import PipelineConfig
 from stages.data.frames import open_source
 from stages.data.samples import Batch, CachedSamples

@@ -34,6 +34,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class Stopwatch:
+    """Starts when it is made."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic(), time.process_time()
+
+    def cost(self) -> dict[str, float]:
+        """Seconds on the clock, and of this process's threads, since then."""
+        seconds, cpu_seconds = self._begun
+        return {"seconds": time.monotonic() - seconds, "cpu_seconds": time.process_time() - cpu_seconds}
+
+
 class OnProgress(Protocol):
     """The callback that the stages receive."""
 

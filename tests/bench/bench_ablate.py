@@ -103,10 +103,10 @@ def _child(name: str, count: int, work: Path, out: Path, steps: int) -> dict[str
 def _counted() -> Iterator[dict[str, Any]]:
     """Wall and CPU seconds, bytes that the stores give out, language models loaded, growth of peak memory."""
     from cache_schema.store import FeatureStore
-    from pipeline import compose
+    from pipeline import training
 
     found: dict[str, Any] = {"bytes": 0, "llm_loads": 0}
-    read, build = FeatureStore.read_stored, compose.build_decoder
+    read, build = FeatureStore.read_stored, training.build_decoder
 
     def counted_read(self: Any, *args: Any, **options: Any) -> Any:
         rows = read(self, *args, **options)
@@ -117,12 +117,12 @@ def _counted() -> Iterator[dict[str, Any]]:
         found["llm_loads"] += 1
         return build(*args)
 
-    FeatureStore.read_stored, compose.build_decoder = counted_read, counted_build  # type: ignore[method-assign]
+    FeatureStore.read_stored, training.build_decoder = counted_read, counted_build  # type: ignore[method-assign]
     before, started, cpu = _peak(), time.monotonic(), time.process_time()
     with contextlib.redirect_stderr(io.StringIO()):
         yield found
     found |= {"wall": time.monotonic() - started, "cpu": time.process_time() - cpu, "memory": _peak() - before}
-    FeatureStore.read_stored, compose.build_decoder = read, build  # type: ignore[method-assign]
+    FeatureStore.read_stored, training.build_decoder = read, build  # type: ignore[method-assign]
 
 
 def _peak() -> int:
@@ -152,7 +152,7 @@ def _together(count: int, work: Path, out: Path, steps: int) -> dict[str, Any]:
 
 def _shares(count: int, work: Path, out: Path, steps: int) -> dict[str, Any]:
     """CPU seconds of the parts of a pass: reading, the language model forward, the optimiser, the rest of the steps."""
-    from pipeline import compose
+    from pipeline import compose, training
     from stages.data.samples import CachedSamples
     from stages.decode.llm import CausalLM
     from stages.train.loop import Trainer
@@ -175,7 +175,7 @@ def _shares(count: int, work: Path, out: Path, steps: int) -> dict[str, Any]:
     timed(CausalLM, "loss_sum", "llm_forward")
     timed(Trainer, "accumulate", "students")
     timed(Trainer, "finish", "optimizer")
-    timed(compose, "build_decoder", "llm_load")
+    timed(training, "build_decoder", "llm_load")
     timed(compose, "evaluate", "evaluate")
     total = _together(count, work, out, steps)["cpu"]
     seconds["students"] -= seconds["llm_forward"]
@@ -186,16 +186,15 @@ def _batched(count: int, work: Path, _out: Path, steps: int) -> dict[str, Any]:
     """What one batch would gain over turns, for the language model and for a block of the students, and its price."""
     import torch
 
-    from pipeline import compose
-    from pipeline.compose import open_stores
+    from pipeline import inputs, training
     from stages.data.samples import CachedSamples
 
     config = _config(work, steps)
-    stores = open_stores(config, work / "features", aligned=True)
-    dataset = compose.load_dataset(config)
+    stores = inputs.open_stores(config, work / "features", aligned=True)
+    dataset = inputs.load_dataset(config)
     data = CachedSamples(dataset.samples("train"), *stores)
     batch = data.batch(range(min(len(data), config.train.batch_size)))
-    decoder: Any = compose.build_decoder(config, "cpu")
+    decoder: Any = training.build_decoder(config, "cpu")
     size, width = config.student.num_queries, decoder.width
     prefixes = torch.randn(count, len(batch.samples), size, width, generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from cache_schema.store import FeatureStore
 from pipeline import presets
-from pipeline.compose import load_dataset, open_stores
+from pipeline.inputs import load_dataset, open_stores
 from stages.miniature.videos import positions, specs
 from stages.train.probes import ridge_r2
 from stages.types import Sample

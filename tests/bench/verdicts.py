@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline import overrides, presets
-from pipeline.compose import build_trainer, load_dataset, open_stores
+from pipeline.inputs import load_dataset, open_stores
+from pipeline.training import build_trainer
 from stages.config import PipelineConfig
 from stages.data.samples import Batch, CachedSamples, few
 from stages.decode.metrics import is_correct

@@ -19,7 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 from cache_schema.store import FeatureStore
-from pipeline import compose, presets
+from pipeline import compose, presets, training
 from pipeline.ablate import ablate, free_memory
 from pipeline.cli import app
 from pipeline.errors import ConfigError
@@ -159,7 +159,7 @@ def test_a_second_start_does_nothing_and_says_so(
 ) -> None:
     out, _ = grid_of_nine
     before = (out / "ablation.json").read_text()
-    monkeypatch.setattr(compose, "build_decoder", lambda *_: pytest.fail("loads the language model"))
+    monkeypatch.setattr(training, "build_decoder", lambda *_: pytest.fail("loads the language model"))
     words = [
         "ablate",
         *options(settings),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cache_schema.errors import CacheMissing
-from pipeline import compose, presets, registry
+from pipeline import compose, inputs, presets, registry
 from pipeline.baselines import baselines
 from pipeline.errors import ConfigError
 from pipeline.overrides import apply
@@ -59,7 +59,7 @@ def test_every_baseline_leaves_predictions_that_score_as_reported(
     names = ("majority", "clip_mean", "clip_last")
     result = run(config, cache, tmp_path / "out", *names)
     assert list(result["baselines"]) == list(names)
-    samples = {s.sample_id: s for s in compose.load_dataset(config).samples("test")}
+    samples = {s.sample_id: s for s in inputs.load_dataset(config).samples("test")}
     for name in names:
         path = tmp_path / "out" / name / "predictions.jsonl"
         predictions = read_predictions(path)
@@ -68,7 +68,7 @@ def test_every_baseline_leaves_predictions_that_score_as_reported(
         }
         assert rescore(path, "exact").to_json()["correct"] == result["baselines"][name]["correct"]
     assert json.loads((tmp_path / "out" / "baselines.json").read_text()) == result
-    train = Counter(s.answer for s in compose.load_dataset(config).samples("train"))
+    train = Counter(s.answer for s in inputs.load_dataset(config).samples("train"))
     said = {p.beams[0] for p in read_predictions(tmp_path / "out" / "majority" / "predictions.jsonl")}
     assert [train[word] for word in said] == [max(train.values())]
 

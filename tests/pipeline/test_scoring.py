@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline import presets, results
-from pipeline.compose import refuse_leaks
 from pipeline.errors import ConfigError
+from pipeline.inputs import refuse_leaks
 from pipeline.overrides import apply
 from pipeline.runs import RunFolder
 from pipeline.scoring import compare, report
