@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,13 @@ def ablate(
     complete = [variant for variant in variants if variant.needs is None]
     for variant in complete:
         if (out / variant.name / "config.json").exists():
-            RunFolder.create(out / variant.name, variant.config)  # refuses other settings before anything is changed
+            RunFolder.create(
+                out / variant.name, variant.config, out=out
+            )  # refuses other settings before anything is changed
     # The table comes before the first run folder: it marks ``out`` as ours, whenever this is killed.
     ledger = Ledger.create(out, variants, rule=sources.dataset(variants[0].config).answer_rule)
     for variant in complete:
-        RunFolder.create(out / variant.name, variant.config)
+        RunFolder.create(out / variant.name, variant.config, out=out)
     todo = [[v for v in members if not ledger.is_settled(v.name)] for members in passes]
     runner = Runner(sources, ledger, device, memory, progress)
     started = time.monotonic()
@@ -157,7 +159,7 @@ def _matched(variant: Variant, ledger: Ledger) -> Variant | None:
         return None
     weight = round(float(np.mean(means)), 6)
     config = overrides.apply(variant.config, [f"align.uniform_weight={weight}"])
-    RunFolder.create(ledger.out / variant.name, config)
+    RunFolder.create(ledger.out / variant.name, config, out=ledger.out)
     ledger.note(variant.name, settings={**variant.settings, "align.uniform_weight": f"{weight:g} ({MATCHED})"})
     return replace(variant, config=config, needs=None)
 
@@ -239,12 +241,26 @@ class Runner:
     def _train(
         self, variants: Sequence[Variant], data: CachedSamples, decoder: Decoder, kept: Kept, where: str
     ) -> None:
+        ready: list[tuple[Variant, RunFolder, Trainer, dict[str, Any]]] = []
+        for variant in variants:
+            with self._dropping(variant):
+                trainer = self._trainer(variant, data, decoder)
+                run = RunFolder.create(self.ledger.out / variant.name, variant.config, out=self.ledger.out)
+                ready.append((variant, run, trainer, training.resume_run(run, trainer)))
         with contextlib.ExitStack() as stack:
             entrants = []
-            for variant in variants:
-                with self._dropping(variant):
-                    trainer = self._trainer(variant, data, decoder)
-                    entrants.append(self._entrant(variant, trainer, len(data), stack, kept))
+            for variant, run, trainer, state in ready:
+                recording = training.recording(
+                    run,
+                    data,
+                    command="ablate",
+                    first_step=state["step"],
+                    total=make_schedule(variant.config.train, len(data)).total_steps,
+                    students=len(ready),
+                )
+                log, save = stack.enter_context(recording)
+                validate = self._validation(variant.config, trainer, kept)
+                entrants.append(grid.Entrant(variant.name, trainer, log, save, state["step"], state["best"], validate))
             grid.train_together(
                 entrants,
                 data,
@@ -252,23 +268,9 @@ class Runner:
                 progress=lambda done, total, what: self.progress(done, total, f"{what} ({where})"),
             )
 
-    def _entrant(
-        self, variant: Variant, trainer: Trainer, num_samples: int, stack: contextlib.ExitStack, kept: Kept
-    ) -> grid.Entrant:
-        config = variant.config
-        run = RunFolder.create(self.ledger.out / variant.name, config)
-        state = training.resume_run(run, trainer)
-        total = make_schedule(config.train, num_samples).total_steps
-        log, save = stack.enter_context(training.recording(run, first_step=state["step"], total=total))
-        validate = training.validation(
-            config,
-            self.sources.dataset(config),
-            self.sources.stores(config),
-            self.sources.cache,
-            trainer,
-            samples_from=kept.samples,
-        )
-        return grid.Entrant(variant.name, trainer, log, save, state["step"], state["best"], validate)
+    def _validation(self, config: PipelineConfig, trainer: Trainer, kept: Kept) -> Callable[[], float] | None:
+        dataset, stores = self.sources.dataset(config), self.sources.stores(config)
+        return training.validation(config, dataset, stores, self.sources.cache, trainer, samples_from=kept.samples)
 
     def _score(self, variant: Variant, decoder: Decoder, kept: Kept) -> None:
         with self._dropping(variant):

@@ -104,36 +104,18 @@ def train(
     trainer = training.build_trainer(config, train_set, device)
     state = training.resume_run(run, trainer)
     total = make_schedule(config.train, len(train_set)).total_steps
-    watch, done = Stopwatch(), state["step"]
-    try:
-        with training.recording(run, first_step=state["step"], total=total) as (log, save):
-
-            def counted(record: dict[str, Any]) -> None:
-                nonlocal done
-                log(record)
-                done = record["step"]
-
-            summary = run_training(
-                trainer,
-                train_set,
-                log=counted,
-                save=save,
-                first_step=state["step"],
-                best=state["best"],
-                validate=training.validation(config, dataset, stores, cache, trainer),
-                progress=progress,
-            )
-    finally:
-        if done > state["step"]:
-            read = (
-                (done - state["step"])
-                * min(config.train.batch_size, len(train_set))
-                * training.sample_bytes(config, stores)
-            )
-            run.note_session(
-                {"command": "train-student", "first_step": state["step"], "steps": done}
-                | {"bytes_read": read, "features": training.fingerprints(stores), **watch.cost()}
-            )
+    recording = training.recording(run, train_set, command="train-student", first_step=state["step"], total=total)
+    with recording as (log, save):
+        summary = run_training(
+            trainer,
+            train_set,
+            log=log,
+            save=save,
+            first_step=state["step"],
+            best=state["best"],
+            validate=training.validation(config, dataset, stores, cache, trainer),
+            progress=progress,
+        )
     alarm = diagnostics.saturation(run.metrics()) if config.align.weights == "adaptive" else None
     warnings = [*dataset.warnings, *([str(alarm)] if alarm is not None else [])]
     return summary | {"run": str(out), "dropped": data.dropped, "warnings": warnings}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.runs import RunFolder, write_json
+from pipeline.runs import RunFolder, free_folder, write_json
 from pipeline.variants import Variant
 
 FILE = "ablation.json"
@@ -49,7 +49,7 @@ class Ledger:
             if foreign or out.is_file():
                 raise ConfigError(
                     f"{out} holds other files ({', '.join(foreign[:3]) or 'it is one'}) and no ablation.\n"
-                    f"Name a folder of its own:  --out {out}-ablation"
+                    f"Name a folder of its own:  --out {free_folder(out, '-ablation')}"
                 )
             out.mkdir(parents=True, exist_ok=True)
             ledger = cls(out, {"rule": rule, "variants": [], "arms": {}, "memory": {}})
@@ -67,7 +67,8 @@ class Ledger:
         path = out / FILE
         if not path.is_file():
             raise ConfigError(
-                f"{out} holds no ablation (no {FILE}).\nMake one:  pipeline ablate --out {out} --study lambda"
+                f"{out} holds no ablation (no {FILE}).\n"
+                f"Make one:  pipeline ablate --study lambda --out {free_folder(out, '-ablation')}"
             )
         try:
             return cls(out, json.loads(path.read_text()))

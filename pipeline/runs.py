@@ -8,7 +8,7 @@
     tensorboard/         the same as event files
     predictions.jsonl    written by evaluate
     diagnostics.json     written by diagnose
-    sessions.jsonl       what each start cost: seconds, bytes read, and which features it read
+    sessions.jsonl       what each start cost: seconds, bytes read, and which features it read; of an ablation, a share
     checkpoints/
         step-000120/     tensors.safetensors, state.json
         latest.json      the commit: names the newest whole checkpoint
@@ -33,6 +33,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
@@ -92,8 +93,13 @@ class RunFolder:
         return self.path / "diagnostics.json"
 
     @classmethod
-    def create(cls, path: Path, config: PipelineConfig) -> RunFolder:
+    def create(cls, path: Path, config: PipelineConfig, *, out: Path | None = None) -> RunFolder:
         """Make the folder, or open the one that an earlier start of the same run made.
+
+        Args:
+            path: the folder.
+            config: of the run.
+            out: what was given as ``--out`` where that is another folder: an ablation keeps its runs below it.
 
         Raises:
             ConfigError: the folder holds a run with another configuration (the differing keys are listed), or files
@@ -101,9 +107,9 @@ class RunFolder:
         """
         if (path / "config.json").exists():
             run = cls.open(path)
-            _refuse_other_config(run, config)
+            _refuse_other_config(run, config, out or path)
         else:
-            _refuse_foreign_files(path)
+            _refuse_foreign_files(path, out or path)
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, config)
             write_json(path / "config.json", config.model_dump(mode="json"))
@@ -116,7 +122,9 @@ class RunFolder:
         """Open an existing run. Raises ConfigError when there is none, or its config.json is of another version."""
         config_path = path / "config.json"
         if not config_path.is_file():
-            raise ConfigError(f"{path} holds no run (no config.json).\nTrain one:  pipeline train-student --out {path}")
+            raise ConfigError(
+                f"{path} holds no run (no config.json).\nTrain one:  pipeline train-student --out {free_folder(path)}"
+            )
         try:
             return cls(path, validate(json.loads(config_path.read_text())))
         except ValueError as error:
@@ -215,7 +223,9 @@ class RunFolder:
             there = [marker for marker in MARKERS if self._marked(marker)]
             there += sorted(found.name for found in self.checkpoints.glob("step-*"))
             hint = (
-                f"there are: {', '.join(there)}" if there else f"train first:  pipeline train-student --out {self.path}"
+                f"there are: {', '.join(there)}"
+                if there
+                else f"train first:  pipeline train-student --out {quote(str(self.path))}"
             )
             raise ConfigError(f"{self.path} has no checkpoint {name or 'yet'}; {hint}")
         return read_checkpoint(folder)
@@ -327,26 +337,34 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _refuse_other_config(run: RunFolder, config: PipelineConfig) -> None:
+def free_folder(wanted: Path, ending: str = "") -> str:
+    """What to type as ``--out``: ``wanted`` where it is absent or empty, else a free name like it with ``ending``."""
+    named = wanted if wanted.name.strip(".") else wanted.resolve()  # "." and ".." have no name to add to
+    others = (named.with_name(f"{named.name}{ending}{number}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    free = (path for path in (wanted, *others) if not path.exists() or (path.is_dir() and not any(path.iterdir())))
+    return quote(str(next(free)))
+
+
+def _refuse_other_config(run: RunFolder, config: PipelineConfig, out: Path) -> None:
     before, now = flatten(run.config), flatten(config)
     changed = [f"  {key}: {before[key]!r} there, {now[key]!r} now" for key in now if before[key] != now[key]]
     if changed:
         raise ConfigError(
             f"{run.path} holds a run with another configuration:\n" + "\n".join(changed) + "\n"
-            f"Keep both:       --out {run.path.with_name(run.path.name + '-2')}\n"
+            f"Keep both:       --out {free_folder(out)}\n"
             "Or go on there:  give the same --preset and --set as before"
         )
 
 
-def _refuse_foreign_files(path: Path) -> None:
+def _refuse_foreign_files(path: Path, out: Path) -> None:
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file; a run needs a folder of its own, such as --out runs/mine")
+        raise ConfigError(f"{path} is a file.\nName a folder:  --out {free_folder(out)}")
     allowed = {"extract.json", "extract-clip.json", "extract-teacher.json", "checkpoints", ".config.json.tmp"}
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in allowed) if path.exists() else []
     if foreign:
         raise ConfigError(
             f"{path} holds other files ({', '.join(foreign[:3])}) and no run.\n"
-            f"Name a folder of its own:  --out {path / 'run'}"
+            f"Name a folder of its own:  --out {free_folder(out)}"
         )
 
 

@@ -6,6 +6,7 @@ Neither needs a model or a feature: predictions files and annotations are enough
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -151,7 +152,10 @@ def predictions_file(folder: Path, split: str) -> Path:
 def _predictions(folder: Path, split: str) -> list[Prediction]:
     path = predictions_file(folder, split)
     if not path.is_file():
-        raise ConfigError(f"{path} is not there.\nMake it:  pipeline evaluate --run {folder} --split {split}")
+        command = ["pipeline", "evaluate", "--run", str(folder), "--split", split]
+        if (folder / "probe.json").is_file():
+            command = ["pipeline", "baselines", "--out", str(folder.parent), "--probe", folder.name, "--split", split]
+        raise ConfigError(f"{path} is not there.\nMake it:  {shlex.join(command)}")
     return read_predictions(path)
 
 

@@ -13,6 +13,7 @@ from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import inputs, registry
 from pipeline.inputs import SamplesFrom
+from pipeline.progress import Stopwatch
 from pipeline.runs import RunFolder
 from stages.config import PipelineConfig
 from stages.data.samples import CachedSamples
@@ -71,15 +72,24 @@ def resume_run(run: RunFolder, trainer: Trainer) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def recording(run: RunFolder, *, first_step: int, total: int) -> Iterator[tuple[Log, Save]]:
-    """What a training run calls to log a record and to save a checkpoint."""
+def recording(
+    run: RunFolder, data: CachedSamples, *, command: str, first_step: int, total: int, students: int = 1
+) -> Iterator[tuple[Log, Save]]:
+    """What a training run calls to log a record and to save a checkpoint; at the end its cost goes to sessions.jsonl.
+
+    Where several students learn on one pass over ``data``, each is charged an equal share of the pass, so that the
+    costs of all of them add up to what was spent.
+    """
     board = run.board(first_step=first_step)
+    watch, done = Stopwatch(), first_step
 
     def log(record: dict[str, Any]) -> None:
+        nonlocal done
         run.log(record)
         for key, value in record.items():
             if key not in ("step", "epoch"):
                 board.add_scalar(key, value, record["step"])
+        done = record["step"]
 
     def save(step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         mark = [name for name, due in (("best", facts["is_best"]), ("final", step == total)) if due]
@@ -89,20 +99,30 @@ def recording(run: RunFolder, *, first_step: int, total: int) -> Iterator[tuple[
         yield log, save
     finally:
         board.close()
+        if done > first_step:  # also where it is interrupted: lost work cost too
+            spent = {"bytes_read": _bytes_read(run.config, data, done - first_step), **watch.cost()}
+            run.note_session(
+                {"command": command, "first_step": first_step, "steps": done, "students": students}
+                | {key: value / students for key, value in spent.items()}
+                | {"features": _fingerprints(run.config, data)}
+            )
 
 
-def sample_bytes(config: PipelineConfig, stores: Sequence[FeatureStore]) -> int:
-    """What one sample takes in the cache, all modalities that are read."""
-    frame = sum(store.spec.frame_bytes for store in stores)
-    return config.data.num_frames * frame
+def _bytes_read(config: PipelineConfig, data: CachedSamples, steps: int) -> int:
+    """What the batches of so many steps take in the cache."""
+    stores = [data.tokens] if data.pooled is None else [data.tokens, data.pooled]
+    sample = config.data.num_frames * sum(store.spec.frame_bytes for store in stores)
+    return steps * min(config.train.batch_size, len(data)) * sample
 
 
-def fingerprints(stores: Sequence[FeatureStore]) -> dict[str, dict[str, Any]]:
-    """Which features were read: enough to find out whether two runs read the same ones."""
+def _fingerprints(config: PipelineConfig, data: CachedSamples) -> dict[str, dict[str, Any]]:
+    """Which features a student learned from: enough to find out whether two runs read the same ones."""
+    aligned = data.pooled is not None and config.train.lambda_kd > 0  # a pass may read targets for its neighbours
     return {
         store.modality: {"digest": store.spec.digest(), "encoder": store.spec.encoder, "weights": store.spec.weights}
         | {"layer": store.spec.layer, "dtype": store.spec.dtype, "frame_shape": list(store.spec.frame_shape)}
-        for store in stores
+        for store in ([data.tokens, data.pooled] if aligned else [data.tokens])
+        if store is not None
     }
 
 

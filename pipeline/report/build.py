@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -59,7 +60,7 @@ def report(paths: Sequence[Path], *, out: Path | None, shown: int, progress: OnP
     """
     target = out or paths[0] / "report.html"
     if target.is_dir():
-        raise ConfigError(f"{target} is a folder; name the page itself:  --out {target / 'report.html'}")
+        raise ConfigError(f"{target} is a folder; name the page itself:  --out {quote(str(target / 'report.html'))}")
     studies = read_studies(paths)
     results = [answer.result_of(study) for study in studies]
     chapters = []

@@ -34,7 +34,7 @@ class Cost:
 
 def cost_of(study: Study, distinct_frames: int | None) -> Cost:
     """Add up. ``distinct_frames``: of the training videos, as the dataset counts them; None where that is unknown."""
-    sessions = [s for run in study.runs for s in run.sessions if s.get("command") == "train-student"]
+    sessions = [s for run in study.runs for s in run.sessions if s.get("command") in ("train-student", "ablate")]
     features: dict[str, Mapping[str, Any]] = {}
     mixed = False
     for session in sessions:
@@ -61,7 +61,7 @@ def cost_of(study: Study, distinct_frames: int | None) -> Cost:
             "products, convolutions and attention only): one training sample forward and back, one frame per encoder. "
             "With the cache every distinct training frame is encoded once for all runs; without it, whenever a sample "
             "is trained on. Teacher frames count for runs with λ > 0 only. Seconds are those of the machine that "
-            "trained, other work on it included."
+            "trained, other work on it included; students of one ablation share the time and the bytes of their pass."
         ),
         features=tuple(sorted(features.items())),
         mixed=mixed,

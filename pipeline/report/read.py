@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from pipeline import registry
 from pipeline.errors import ConfigError
+from pipeline.ledger import FILE as LEDGER
 from pipeline.overrides import flatten
-from pipeline.runs import RunFolder
+from pipeline.runs import RunFolder, free_folder
 from stages.config import PipelineConfig
 from stages.decode.evaluate import read_predictions
 from stages.decode.metrics import Match, Prediction
 
 DEPTH = 5  # folders below the one that was named
 NO_EFFECT_WITHOUT_KD = "align."
+MATCHED = "align.uniform_weight"  # the one setting, beside the seed, that may differ within an arm of an ablation
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ def find_runs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     found: dict[Path, tuple[Path, Path]] = {}
     for root in paths:
         if not root.is_dir():
-            raise ConfigError(f"{root} is no folder.\nTrain a run:  pipeline train-student --out {root}")
+            raise ConfigError(f"{root} is no folder.\nTrain a run:  pipeline train-student --out {free_folder(root)}")
         here = list(_below(root, DEPTH))
         if not here:
-            raise ConfigError(f"{root} holds no run.\nTrain one:  pipeline train-student --out {root}")
+            raise ConfigError(f"{root} holds no run.\nTrain one:  pipeline train-student --out {free_folder(root)}")
         for folder in here:
             found.setdefault(folder.resolve(), (root, folder))
     return list(found.values())
@@ -120,8 +122,9 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 
 def read_studies(paths: Sequence[Path]) -> list[Study]:
     """Read every run and put those with the same questions together. Raises ConfigError."""
-    runs = [_read(root, folder) for root, folder in find_runs(paths)]
-    arms = _arms(paths)
+    found = find_runs(paths)
+    runs = [_read(root, folder) for root, folder in found]
+    arms = _arms({folder.parent for root, folder in found if folder != root})
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.config is not None:
@@ -200,19 +203,15 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _arms(paths: Sequence[Path]) -> dict[Path, str]:
-    """Folder -> arm, where an ablation says which runs differ in their seed only."""
+def _arms(outs: Iterable[Path]) -> dict[Path, str]:
+    """Run folder -> arm, where the ablation around it says which runs differ in their seed only."""
     found: dict[Path, str] = {}
-    for root in paths:
-        if not (root / "ablation.json").is_file():
-            continue
+    for out in outs:
         try:
-            variants = _json_object(root / "ablation.json").get("variants", [])
-        except ValueError:
-            continue
-        for entry in variants if isinstance(variants, list) else []:
-            if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("arm"), str):
-                found[(root / entry["name"]).resolve()] = entry["arm"]
+            rows = _json_object(out / LEDGER)["variants"]
+            found |= {out / row["variant"]: f"{out}: {row['arm']}" for row in rows}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no ablation, or a damaged table: then the settings alone say which runs belong together
     return found
 
 
@@ -222,10 +221,10 @@ def _arms(paths: Sequence[Path]) -> dict[Path, str]:
 def _study(runs: Sequence[Run], arms: Mapping[Path, str]) -> Study:
     config = cast(PipelineConfig, runs[0].config)
     variants: list[Variant] = []
+    settings_of = _settings(runs, arms)
     for run in runs:
-        arm = arms.get(run.path.resolve())
-        _join(variants, json.dumps(_effective(run), sort_keys=True) if arm is None else arm, "", run)
-    effective = [_effective(variant.runs[0]) for variant in variants]
+        _join(variants, json.dumps(settings_of[run.path], sort_keys=True), "", run)
+    effective = [settings_of[variant.runs[0].path] for variant in variants]
     keys = sorted({key for settings in effective for key in settings})
     differing = [key for key in keys if len({json.dumps(s.get(key)) for s in effective}) > 1]
     with_kd = [s for s in effective if s["train.lambda_kd"] > 0]  # an aligned run has settings that λ = 0 lacks
@@ -240,6 +239,23 @@ def _study(runs: Sequence[Run], arms: Mapping[Path, str]) -> Study:
     variants.sort(key=lambda v: cast(float, v.lambda_kd))
     rule: Match = registry.load("dataset", config.data.name).answer_rule
     return Study(_title(config), config, rule, variants, [], telling)
+
+
+def _settings(runs: Sequence[Run], arms: Mapping[Path, str]) -> dict[Path, dict[str, Any]]:
+    """By folder: the settings that can change a number, equal for runs of one arm.
+
+    A matched arm takes its weight from the adaptive run of the same seed: its seeds differ in that setting too.
+    """
+    settings_of = {run.path: _effective(run) for run in runs}
+    members: dict[str, list[dict[str, Any]]] = {}
+    for path, settings in settings_of.items():
+        if path in arms:
+            members.setdefault(arms[path], []).append(settings)
+    for arm in members.values():
+        if len({settings.get(MATCHED) for settings in arm}) > 1:
+            for settings in arm:
+                settings[MATCHED] = "by seed"
+    return settings_of
 
 
 def _effective(run: Run) -> dict[str, Any]:

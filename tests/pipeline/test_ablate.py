@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +25,26 @@ from pipeline.cli import app
 from pipeline.errors import ConfigError
 from pipeline.ledger import Ledger
 from pipeline.overrides import apply
+from pipeline.progress import clock
+from pipeline.report.answer import result_of
+from pipeline.report.cost import cost_of
+from pipeline.report.read import read_studies
 from pipeline.runs import RunFolder
 from pipeline.scoring import compare
-from pipeline.variants import make_variants, parse_memory, parse_seeds, parse_vary
+from pipeline.variants import make_variants, parse_seeds, parse_vary
 from stages.config import PipelineConfig
-from stages.miniature.world import write_world
 from stages.train import diagnostics, grid
+from tests.pipeline.conftest import QUIET, options_of
 
-QUIET = {"device": "cpu", "dry_run": False, "progress": lambda *_: None}
-SEEDED = [
-    *("clip.weights=seed:0", "teacher.weights=seed:0", "student.init=seed:0"),
-    *("decode.llm=seed:0", "decode.llm_config=stages/miniature/llm"),
-]
 Configure = Callable[..., PipelineConfig]
 MINIATURE = presets.miniature()
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder, videos=18, seed=3)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def settings(world: Path) -> list[str]:
-    """A student of four blocks, so levels 1 to 5; four steps in two epochs; validation after each."""
-    return [
-        *(f"data.videos={world}/videos", f"data.annotations={world}/lvu", "data.task=scene", *SEEDED),
-        *("student.num_layers=4", "student.dropout=0.1", "align.levels=3-5", "train.select=best_val"),
-        *("train.epochs=2", "train.max_samples=8", "train.batch_size=4", "train.micro_batch=3"),
-    ]
+def settings(seeded: list[str]) -> list[str]:
+    """Four steps in two epochs; validation after each."""
+    more = ("data.task=scene", "student.dropout=0.1", "train.select=best_val", "train.epochs=2", "train.micro_batch=3")
+    return [*seeded, *more]
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +52,9 @@ def configure(settings: list[str]) -> Configure:
     return lambda *sets: apply(presets.miniature(), [*settings, *sets])
 
 
-@pytest.fixture(scope="module")
-def cache(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cache") / "features"
-    options = {"workers": 0, "retry_failed": False, "splits": [], **QUIET}
-    assert compose.extract(configure(), which="both", cache=path, **options)["failed"] == 0
-    return path
+@pytest.fixture
+def cache(seeded_cache: Path) -> Path:
+    return seeded_cache
 
 
 def run(config: PipelineConfig, cache: Path, out: Path, *, memory: int | None = None, **what: Any) -> dict[str, Any]:
@@ -100,11 +86,13 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def grid_of_nine(configure: Configure, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def grid_of_nine(
+    configure: Configure, seeded_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any]:
     """Three λ with two ways to weigh and two seeds; for λ = 0 the ways are one: 5 arms, 10 runs."""
     out = tmp_path_factory.mktemp("ablation") / "out"
     vary = ["train.lambda_kd=0,1,5", "align.weights=adaptive,uniform"]
-    return out, run(configure(), cache, out, vary=vary, seeds="0,3")
+    return out, run(configure(), seeded_cache, out, vary=vary, seeds="0,3")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +109,8 @@ def test_a_variant_leaves_the_run_folder_that_two_commands_would_have_left(
     out, result = grid_of_nine
     scored = alone(configure(*sets), cache, tmp_path / "solo")
     assert_same_run(out / name, tmp_path / "solo")
+    ((kept, _), (kept_alone, _)) = (RunFolder.open(folder).sessions() for folder in (out / name, tmp_path / "solo"))
+    assert kept["features"] == kept_alone["features"]
     (row,) = [row for row in result["variants"] if row["variant"] == name]
     told = (row["k"], row["n"], row["accuracy"], row["interval"], row["by_video"])
     assert told == (scored["correct"], scored["n"], scored["top1"], scored["interval"], scored["by_video"])
@@ -154,6 +144,44 @@ def test_the_other_commands_read_what_it_leaves(grid_of_nine: tuple[Path, Any]) 
     )
 
 
+def test_students_of_a_pass_share_its_cost(grid_of_nine: tuple[Path, Any], configure: Configure, cache: Path) -> None:
+    out, result = grid_of_nine
+    spent = [s for row in result["variants"] for s in RunFolder.open(out / row["variant"]).sessions()]
+    trained = [session for session in spent if session["command"] == "ablate"]
+    assert [(s["first_step"], s["steps"], s["students"]) for s in trained] == [(0, 4, 5)] * 10
+    frame = sum(FeatureStore.open(cache, name).spec.frame_bytes for name in ("tokens", "pooled/layer8"))
+    samples = 2 * 4 * 4  # two passes of four steps of four samples, each read once for five students
+    assert sum(s["bytes_read"] for s in trained) == pytest.approx(samples * configure().data.num_frames * frame)
+    assert 0 < sum(s["seconds"] for s in trained) < result["seconds"]
+    assert [session["command"] for session in spent if session not in trained] == ["evaluate"] * 10
+
+
+def test_the_report_shows_every_arm_with_its_seeds_and_what_they_cost(
+    grid_of_nine: tuple[Path, Any], tmp_path: Path
+) -> None:
+    out, result = grid_of_nine
+    done = CliRunner().invoke(app, ["report", str(out), "--videos", "0", "--out", str(tmp_path / "page.html")])
+    assert done.exit_code == 0, done.output
+    assert "10 runs on one page" in done.stdout
+    (study,) = read_studies([out])
+    scores = {
+        (v.lambda_kd, v.config.align.weights if v.lambda_kd else "adaptive"): result_of(study).of(v)
+        for v in study.variants
+        if v.config is not None
+    }
+    for arm, part in result["arms"].items():
+        value, weights = re.fullmatch(r"lambda_kd=(\d)_weights=(\w+)", arm).groups()  # type: ignore[union-attr]
+        score = scores.pop((float(value), weights))
+        assert score is not None
+        assert (score.per_seed, score.top1) == (tuple(part["per_seed"]), pytest.approx(part["accuracy"]))
+    assert scores == {}
+    page = (tmp_path / "page.html").read_text()
+    assert all(variant.label in page for variant in study.variants)
+    seconds = cost_of(study, None).seconds
+    assert seconds is not None
+    assert f"<td>{clock(seconds)}</td>" in page
+
+
 def test_a_second_start_does_nothing_and_says_so(
     grid_of_nine: tuple[Path, Any], settings: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +190,7 @@ def test_a_second_start_does_nothing_and_says_so(
     monkeypatch.setattr(training, "build_decoder", lambda *_: pytest.fail("loads the language model"))
     words = [
         "ablate",
-        *options(settings),
+        *options_of(settings),
         "--cache",
         str(cache),
         "--out",
@@ -273,7 +301,7 @@ def test_a_variant_that_is_too_large_is_dropped_and_tried_again_by_the_next_star
 
 
 def test_dropped_variants_exit_with_3_and_are_named(settings: list[str], cache: Path, tmp_path: Path) -> None:
-    words = ["ablate", *options([*settings, "train.warmup_steps=0"]), "--cache", str(cache), "--device", "cpu"]
+    words = ["ablate", *options_of([*settings, "train.warmup_steps=0"]), "--cache", str(cache), "--device", "cpu"]
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out"), "--vary", "train.lr=1e30"])
     assert done.exit_code == 3, done.output
     assert "dropped: lr=1e30_seed=42: loss became" in done.stdout
@@ -298,7 +326,7 @@ def test_a_killed_ablation_goes_on_and_ends_bit_for_bit_the_same(
     settings: list[str], configure: Configure, cache: Path, tmp_path: Path, signal_number: int
 ) -> None:
     out, sets = tmp_path / "out", [*settings, "train.max_steps=16", "train.epochs=100", "train.save_every=1"]
-    words = [*options(sets), "--cache", str(cache), "--out", str(out), "--device", "cpu", "--json"]
+    words = [*options_of(sets), "--cache", str(cache), "--out", str(out), "--device", "cpu", "--json"]
     command = [sys.executable, "-m", "pipeline.cli", "ablate", *words, "--vary", "train.lambda_kd=0,1"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     marker = out / "lambda_kd=1_seed=42" / "checkpoints" / "latest.json"
@@ -315,10 +343,6 @@ def test_a_killed_ablation_goes_on_and_ends_bit_for_bit_the_same(
     assert result["done"] == 2
     alone(apply(config, ["train.lambda_kd=1"]), cache, tmp_path / "solo")
     assert_same_run(out / "lambda_kd=1_seed=42", tmp_path / "solo")
-
-
-def options(sets: Sequence[str]) -> list[str]:
-    return [word for item in sets for word in ("--set", item)]
 
 
 def step_of(marker: Path) -> int:
@@ -347,6 +371,10 @@ def test_the_matched_arm_weighs_as_much_as_the_adaptive_one_did(
         matched = RunFolder.open(tmp_path / f"weights=matched_seed={seed}").config.align
         assert matched.weights == "uniform"
         assert matched.uniform_weight * len(matched.levels) == pytest.approx(total, abs=1e-5)
+    (study,) = read_studies([tmp_path])
+    labels = {(v.label, tuple(run.seed for run in v.runs)) for v in study.variants}
+    assert len(labels) == 3
+    assert ("weights uniform, weight by seed", (0, 1)) in labels
     average = RunFolder.open(tmp_path / "weights=average_seed=0").config.align
     assert average.uniform_weight == pytest.approx(1 / 3, rel=1e-5)
     assert run(configure(), cache, tmp_path, study="weights", seeds="0,1")["done_before"] == 6
@@ -422,14 +450,12 @@ def test_wrong_words_are_answered_with_the_right_ones(options: dict[str, Any], w
         make_variants(MINIATURE, **options)
 
 
-def test_values_seeds_and_sizes_as_they_are_typed() -> None:
+def test_values_and_seeds_as_they_are_typed() -> None:
     assert parse_vary('a.b=1, [1,2],"x,y",') == ("a.b", ("1", "[1,2]", '"x,y"'))
     assert parse_seeds("0-2,7") == (0, 1, 2, 7)
-    sizes = {"8GB": 8_000_000_000, "1.5 MB": 1_500_000, "2GiB": 2 << 30, "100": 100, "3k": 3000}
-    assert {text: parse_memory(text) for text in sizes} == sizes
-    for wrong in ("lots", "0GB", "-1GB", "8XB"):
-        with pytest.raises(ConfigError, match="such as 8GB"):
-            parse_memory(wrong)
+
+
+def test_what_is_free_is_part_of_what_there_is() -> None:
     assert 1 << 20 < free_memory("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -440,7 +466,7 @@ def test_rounds_are_as_full_as_memory_allows() -> None:
 
 
 def test_a_dry_run_counts_without_a_cache_and_makes_nothing(settings: list[str], tmp_path: Path) -> None:
-    words = ["ablate", *options(settings), "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    words = ["ablate", *options_of(settings), "--cache", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
     vary = ["--vary", "train.lambda_kd=0,1,2,3", "--seeds", "0-1", "--dry-run"]
     result = json.loads(CliRunner().invoke(app, [*words, *vary, "--json"]).stdout)
     assert (result["variants"], result["passes"], result["students_in_a_pass"]) == (8, 2, 4)

@@ -17,16 +17,8 @@ from pipeline.errors import ConfigError
 from pipeline.overrides import apply
 from stages.config import PipelineConfig
 from stages.decode.evaluate import read_predictions, rescore
-from stages.miniature.world import write_world
 
 Configure = Callable[..., PipelineConfig]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder, videos=18, seed=3)
-    return folder
 
 
 @pytest.fixture(scope="module")

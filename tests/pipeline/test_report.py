@@ -158,10 +158,19 @@ def test_an_ablation_says_itself_which_runs_differ_in_their_seed_only(make_run: 
         sets = ("align.weights=uniform", f"align.uniform_weight={weight}", f"train.seed={seed}")
         make_run(f"out/weights=matched_seed={seed}", *sets)
     assert len(read_studies([tmp_path / "out"])[0].variants) == 2
-    arms = [{"name": f"weights=matched_seed={s}", "arm": "weights=matched"} for s in (0, 1)]
+    arms = [{"variant": f"weights=matched_seed={s}", "arm": "weights=matched"} for s in (0, 1)]
     (tmp_path / "out" / "ablation.json").write_text(json.dumps({"variants": arms}))
-    (study,) = read_studies([tmp_path / "out"])
-    assert [len(v.runs) for v in study.variants] == [2]
+    for root in ("out", "."):
+        (study,) = read_studies([tmp_path / root])
+        assert [len(v.runs) for v in study.variants] == [2]
+
+
+@pytest.mark.parametrize("table", ["[]", "{", '{"variants": [{"variant": []}]}', '{"variants": [1]}'])
+def test_a_damaged_table_of_an_ablation_hides_no_run(make_run: Run, tmp_path: Path, table: str) -> None:
+    make_run("out/a")
+    make_run("out/b", "train.lambda_kd=0")
+    (tmp_path / "out" / "ablation.json").write_text(table)
+    assert len(read_studies([tmp_path / "out"])[0].variants) == 2
 
 
 def test_labels_name_what_differs() -> None:
