@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ chosen = st.sets(st.sampled_from(sorted(VIDEOS)), min_size=1)
 class Cache(RuleBasedStateMachine):
     """``model``: video -> frames that must be readable. ``damaged``: (modality, shard) that must be reported."""
 
+    ended_as_modelled: ClassVar[list[bool]] = []  # one entry an order
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
@@ -38,6 +41,7 @@ class Cache(RuleBasedStateMachine):
         self.gone: set[tuple[str, int]] = set()  # damaged, and there is no file: an extraction makes it, too
 
     def teardown(self) -> None:
+        self.ended_as_modelled.append(self.damaged_now() == self.damaged)
         shutil.rmtree(self.folder)
 
     def stores(self) -> dict[str, FeatureStore]:
@@ -151,20 +155,26 @@ class Cache(RuleBasedStateMachine):
 
 @pytest.mark.usefixtures("zarr_once")
 def test_01_18_any_order_of_extraction_death_damage_and_repair_ends_in_the_same_store():
+    Cache.ended_as_modelled.clear()
     run_state_machine_as_test(
         Cache,
         settings=settings(
             max_examples=8, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+    assert len(Cache.ended_as_modelled) >= 8
+    assert all(Cache.ended_as_modelled)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("zarr_once")
 def test_01_18_the_same_with_many_more_orders():
+    Cache.ended_as_modelled.clear()
     run_state_machine_as_test(
         Cache,
         settings=settings(
             max_examples=150, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+    assert len(Cache.ended_as_modelled) >= 150
+    assert all(Cache.ended_as_modelled)

@@ -119,7 +119,7 @@ def test_the_guard_restores_signal_handlers() -> None:
 # ---------------------------------------------------------------- signals, in a process of their own
 
 CHILD = """
-import sys, time, typer
+import contextlib, sys, time, typer
 from pipeline.errors import guard
 app = typer.Typer()
 @app.command()
@@ -127,11 +127,10 @@ def work(stubborn: bool = False):
     with guard():
         try:
             print("ready", flush=True)
-            try:
+            with contextlib.suppress(Exception):  # as code does that notes the failure of one video and goes on
                 for _ in range(600):  # a signal just before one long sleep would only be seen after it
                     time.sleep(0.1)
-            except Exception:
-                print("swallowed", flush=True)
+            print("went on", flush=True)
         finally:
             print("cleaned", flush=True)
             if stubborn:
