@@ -17,9 +17,10 @@ from typing import Any
 
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
-from pipeline import registry, results, scoring
+from pipeline import registry, scoring
 from pipeline.errors import ConfigError
 from pipeline.inputs import available_samples, load_dataset, open_stores, refuse_leaks, samples_of
+from pipeline.printing import to_json
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
 from stages.data.samples import few
@@ -91,7 +92,7 @@ def baselines(
         "out": str(out),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "baselines.json").write_text(results.to_json(result) + "\n")
+    (out / "baselines.json").write_text(to_json(result) + "\n")
     return result
 
 

@@ -207,6 +207,6 @@ def _digest(checkpoint: Path, config: PipelineConfig) -> str:
     facts = {
         "checkpoint": json.loads((checkpoint / "state.json").read_text())["tensors"]["sha256"],
         "decode": config.decode.model_dump(mode="json", exclude={"batch_size"}),
-        "data": config.data.model_dump(mode="json", exclude={"videos", "annotations"}),
+        "data": config.data.model_dump(mode="json", exclude={"videos", "annotations", "io", "reader_threads"}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -76,7 +76,7 @@ def _zarr() -> tuple[bool, str]:
 
 
 def _disk() -> tuple[bool, str]:
-    from pipeline.results import size
+    from pipeline.printing import size
 
     here = Path("cache") if Path("cache").is_dir() else Path(".")
     if not os.access(here, os.W_OK):

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pipeline.errors import ConfigError
 from stages.config import PipelineConfig
 
+SPEED_ONLY = ("data.io", "data.reader_threads")
 Schema = Mapping[str, Any]  # a JSON schema, as pydantic writes it
 
 
@@ -66,6 +67,11 @@ def flatten(config: PipelineConfig) -> dict[str, Any]:
     for section, values in sections.items():
         flat.update({f"{section}.{name}": value for name, value in values.items()})
     return flat
+
+
+def deciding(config: PipelineConfig) -> dict[str, Any]:
+    """As ``flatten``, without what changes speed and no number: how the cache is read may differ within one run."""
+    return {key: value for key, value in flatten(config).items() if key not in SPEED_ONLY}
 
 
 def describe(error: ValidationError, values: Mapping[str, Any]) -> str:

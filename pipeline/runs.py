@@ -37,7 +37,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
-from pipeline.overrides import flatten, validate
+from pipeline.overrides import deciding, validate
 from stages.config import PipelineConfig
 
 if TYPE_CHECKING:
@@ -346,7 +346,7 @@ def free_folder(wanted: Path, ending: str = "") -> str:
 
 
 def _refuse_other_config(run: RunFolder, config: PipelineConfig, out: Path) -> None:
-    before, now = flatten(run.config), flatten(config)
+    before, now = deciding(run.config), deciding(config)
     changed = [f"  {key}: {before[key]!r} there, {now[key]!r} now" for key in now if before[key] != now[key]]
     if changed:
         raise ConfigError(

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline import registry
 from pipeline.errors import ConfigError
-from pipeline.overrides import flatten
+from pipeline.overrides import deciding
 from pipeline.runs import RunFolder
 from stages.data.manifest import majority_answer
 from stages.data.samples import Availability
@@ -139,7 +139,7 @@ def _facts(folder: Path) -> tuple[dict[str, Any], int | None, str]:
         facts = json.loads((folder / "probe.json").read_text())
         return {"baseline": facts.get("probe")}, facts.get("seed"), str(facts.get("match"))
     config = RunFolder.open(folder).config
-    settings = flatten(config)
+    settings = deciding(config)
     seed = settings.pop("train.seed")
     return settings, seed, registry.load("dataset", config.data.name).answer_rule
 

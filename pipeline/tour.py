@@ -7,14 +7,17 @@ Every part is an ordinary run: ``OUT/<task>/baselines`` and ``OUT/<task>/<arm>``
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 from cache_schema.objects import StorePath
+from pipeline import presets
+from pipeline.errors import ConfigError
 from pipeline.overrides import apply
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
@@ -42,50 +45,87 @@ class Job:
     out: Path
 
 
-def tour(
-    config: PipelineConfig, *, cache: StorePath, out: Path, processes: int, progress: OnProgress
-) -> dict[str, Any]:
-    """Run every arm of every task and return the table: task -> row -> scores."""
+def tour(sets: Sequence[str], *, cache: StorePath, out: Path, processes: int, progress: OnProgress) -> dict[str, Any]:
+    """Run every arm of every task and return the table: task -> row -> scores.
+
+    Args:
+        sets: what the user has changed, as typed; a task's own settings give way to it.
+        processes: runs at a time.
+    """
     jobs = []
-    for task, sets in TASKS.items():
-        ours = apply(config, [f"data.task={task}", *sets])
+    for task, own in TASKS.items():
+        ours = apply(presets.miniature(), [*own, *sets, f"data.task={task}"])
         jobs += [Job(task, row, ours, cache, out / task / "baselines") for row in BASELINES]
         jobs += [
             Job(task, row, apply(ours, [arm]), cache, out / task / arm.replace("train.lambda_kd=", "lambda-"))
             for row, arm in ARMS.items()
         ]
     jobs.sort(key=lambda job: job.row in BASELINES)  # the long ones first
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn")) as pool:
-        waiting: list[tuple[Job, Future[dict[str, Any]]]] = [(job, pool.submit(_run, job)) for job in jobs]
-        table: dict[str, dict[str, Any]] = {task: {} for task in TASKS}
-        for number, (job, future) in enumerate(waiting):
-            progress(number, len(jobs), f"{job.task}: {job.row}")
-            table[job.task][job.row] = future.result()
-        progress(len(jobs), len(jobs), "")
+    found = _in_processes(jobs, processes, progress)
     rows = (*BASELINES, *ARMS)
     return {
-        "table": {task: {row: found[row] for row in rows} for task, found in table.items()},
-        "seed": config.train.seed,
+        "table": {task: {row: found[task, row][0] for row in rows} for task in TASKS},
+        "seed": jobs[0].config.train.seed,
         "runs": {task: str(out / task) for task in TASKS},
+        "jobs": len(jobs),
+        "done_before": sum(was_done for _, was_done in found.values()),
     }
 
 
-def _run(job: Job) -> dict[str, Any]:
-    """One job in a process of its own, on one thread: small models do not get faster on two."""
+Found = tuple[dict[str, Any], bool]  # the scores of a job, and whether an earlier start had done all of it
+
+
+def _in_processes(jobs: Sequence[Job], processes: int, progress: OnProgress) -> dict[tuple[str, str], Found]:
+    """What every job found, by task and row. Where one fails, or this is interrupted, the others are ended too."""
+    before = set(active_children())
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn"), initializer=_begin)
+    try:
+        waiting = [(job, pool.submit(_run, job)) for job in jobs]
+        found = {}
+        for number, (job, future) in enumerate(waiting):
+            progress(number, len(jobs), f"{job.task}: {job.row}")
+            found[job.task, job.row] = future.result()
+        progress(len(jobs), len(jobs), "")
+        return found
+    except BaseException:
+        for child in set(active_children()) - before:
+            child.terminate()  # their checkpoints stay: the next start goes on from there
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    """One thread, since small models do not get faster on two; and nobody goes on where the parent was killed."""
     import torch
 
+    torch.set_num_threads(1)
+
+    def leave_with_parent() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)  # a run folder changes only by renames, so leaving at once is safe
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _run(job: Job) -> Found:
+    """One job, in a process of the pool."""
     from pipeline import baselines, compose
 
-    torch.set_num_threads(1)
     if job.row in BASELINES:
         name = BASELINES[job.row]
-        found = baselines.baselines(
+        fitted = baselines.baselines(
             job.config, cache=job.cache, out=job.out / name, split="test", names=[name], dry_run=False, progress=_silent
         )
-        return _numbers(found["baselines"][name])
-    common = {"cache": job.cache, "out": job.out, "device": "cpu", "dry_run": False, "progress": _silent}
-    compose.train(job.config, **common)  # type: ignore[arg-type]
-    return _numbers(compose.evaluate(None, split="test", checkpoint=None, **common))  # type: ignore[arg-type]
+        if name in fitted["refused"]:
+            raise ConfigError(f"{job.task}: {fitted['refused'][name]}")
+        return _numbers(fitted["baselines"][name]), not fitted["fitted"]
+    common: dict[str, Any] = {"cache": job.cache, "out": job.out, "device": "cpu", "dry_run": False}
+    trained = compose.train(job.config, **common, progress=_silent)
+    scored = compose.evaluate(None, split="test", checkpoint=None, **common, progress=_silent)
+    return _numbers(scored), trained["first_step"] == trained["steps"] and scored["resumed"] == scored["n"]
 
 
 def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,14 +133,6 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def parse_memory(text: str) -> int:
-    """``8GB``, ``500 MB``, ``6GiB`` as bytes. Raises ConfigError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text)
-    if found is None or float(found[1]) == 0:
-        raise ConfigError(f"--memory {text}: expected a size such as 8GB or 500MB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
-
-
 def _arms(config: PipelineConfig, vary: Sequence[str], zipped: bool, study: str | None) -> dict[str, tuple[str, ...]]:
     if (study is None) == (not vary):
         raise ConfigError("say what varies: --vary KEY=VALUE,VALUE (repeatable) or --study NAME, one of the two")
@@ -189,7 +181,7 @@ def _name(arm: str, seed: int) -> str:
 
 def _fingerprint(variant: Variant) -> str:
     """Equal for variants that train to the same weights."""
-    flat: dict[str, Any] = overrides.flatten(variant.config)
+    flat: dict[str, Any] = overrides.deciding(variant.config)
     if variant.config.train.lambda_kd == 0:
         flat = {key: value for key, value in flat.items() if not key.startswith(("align.", "teacher."))}
     return json.dumps([flat, variant.needs], sort_keys=True)

@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import results
-from pipeline.commands.options import (
-    CacheOption,
-    DebugOption,
-    DeviceOption,
-    JsonOption,
-    config_of,
-    device_of,
-    load_compose,
-    place_of,
-)
+from pipeline import cache_results
+from pipeline.commands import options
+from pipeline.commands.options import config_of, device_of, load_compose, place_of
 from pipeline.errors import CACHE, FAILURES, guard
+from pipeline.printing import tell
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,21 +42,21 @@ HashOption = Annotated[bool, typer.Option("--hash", help="With --sources: read e
 @app.command("ls", epilog="Example:  pipeline cache ls cache")
 def ls(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where stores are looked for.")] = Path("cache"),
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """List the stores below a folder: modalities, videos, frames, size, digest of the settings."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
 
-        results.tell(cache_tools.list_stores(folder), results.show_cache_ls, as_json=as_json)
+        tell(cache_tools.list_stores(folder), cache_results.show_ls, as_json=as_json)
 
 
 @app.command("verify", epilog="Example:  pipeline cache verify --full --semantic 8 --sources")
 def verify(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
-    cache: CacheOption = None,
+    cache: options.Cache = None,
     full: Annotated[bool, typer.Option("--full", help="Read every frame and check its checksum.")] = False,
     semantic: Annotated[
         int, typer.Option("--semantic", min=0, metavar="N", help="Make N frames again and compare.")
@@ -76,9 +69,9 @@ def verify(
         bool, typer.Option("--sources", help="Compare the videos with those that were extracted (size, time).")
     ] = False,
     hashed: HashOption = False,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Check a store: quickly by its index and footers, or deeper. Exit code 4 where something is wrong."""
     with guard(debug=debug, as_json=as_json):
@@ -97,7 +90,7 @@ def verify(
                 device=_device(device),
                 progress=progress,
             )
-        results.tell(result, results.show_cache_verify, as_json=as_json)
+        tell(result, cache_results.show_verify, as_json=as_json)
         if result["problems"]:
             raise typer.Exit(CACHE)
 
@@ -106,16 +99,16 @@ def verify(
 def repair(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
-    cache: CacheOption = None,
+    cache: options.Cache = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not read the frames to find damage.")] = False,
     sources: Annotated[
         bool, typer.Option("--sources", help="Make the features of videos again whose file was replaced.")
     ] = False,
     hashed: HashOption = False,
-    device: DeviceOption = "auto",
+    device: options.Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which shards are damaged; do nothing.")] = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Extract the damaged shards again, and nothing else. What cannot be mended stays as it is, with exit code 4."""
     with guard(debug=debug, as_json=as_json):
@@ -132,7 +125,7 @@ def repair(
                 device=_device(device),
                 progress=progress,
             )
-        results.tell(result, results.show_cache_repair, as_json=as_json)
+        tell(result, cache_results.show_repair, as_json=as_json)
         if result["left"] or (dry_run and result["damaged"]):
             raise typer.Exit(CACHE)
 
@@ -141,7 +134,7 @@ def repair(
 def gc(
     preset: PresetOption = "miniature",
     sets: SetOption = None,
-    cache: CacheOption = None,
+    cache: options.Cache = None,
     host: Annotated[
         list[str] | None, typer.Option("--host", metavar="NAME", help="A machine that is gone for good; repeatable.")
     ] = None,
@@ -149,8 +142,8 @@ def gc(
         bool, typer.Option("--unplanned", help="Also remove files that are no part of the store.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; do nothing.")] = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Remove what dead processes left: partial files and claims."""
     with guard(debug=debug, as_json=as_json):
@@ -159,7 +152,7 @@ def gc(
         result = cache_tools.collect_garbage(
             _options(preset, sets, cache), dead_hosts=set(host or ()), unplanned=unplanned, dry_run=dry_run
         )
-        results.tell(result, results.show_cache_gc, as_json=as_json)
+        tell(result, cache_results.show_gc, as_json=as_json)
 
 
 @app.command("inspect", epilog="Example:  pipeline cache inspect v000")
@@ -167,17 +160,15 @@ def inspect(
     video: Annotated[str, typer.Argument(metavar="VIDEO", help="The video's id.")],
     preset: PresetOption = "miniature",
     sets: SetOption = None,
-    cache: CacheOption = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    cache: options.Cache = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Show one video in every modality: rows, status, source file, and what its features look like."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
 
-        results.tell(
-            cache_tools.inspect(_options(preset, sets, cache), video), results.show_cache_inspect, as_json=as_json
-        )
+        tell(cache_tools.inspect(_options(preset, sets, cache), video), cache_results.show_inspect, as_json=as_json)
 
 
 @app.command("export", epilog="Example:  pipeline cache export --out tars --modality pooled/layer8")
@@ -185,22 +176,22 @@ def export(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
     preset: PresetOption = "miniature",
     sets: SetOption = None,
-    cache: CacheOption = None,
+    cache: options.Cache = None,
     form: Annotated[
         str, typer.Option("--format", metavar="NAME", help="webdataset: tars of npz and json.")
     ] = "webdataset",
     modality: Annotated[
         list[str] | None, typer.Option("--modality", metavar="NAME", help="Only this one; repeatable. [default: all]")
     ] = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Write the features in the format of another tool. Nothing is pickled."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
 
         result = cache_tools.export(_options(preset, sets, cache), out, form=form, modalities=modality or [])
-        results.tell(result, results.show_cache_export, as_json=as_json)
+        tell(result, cache_results.show_export, as_json=as_json)
         if result["skipped"]:
             raise typer.Exit(FAILURES)
 

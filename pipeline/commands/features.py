@@ -9,22 +9,10 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline import results
-from pipeline.commands.options import (
-    BudgetOption,
-    CacheOption,
-    DebugOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    LocalOption,
-    PresetOption,
-    SetOption,
-    config_of,
-    device_of,
-    load_compose,
-    place_of,
-)
+from pipeline.commands import options
+from pipeline.commands.options import config_of, device_of, load_compose, place_of
 from pipeline.errors import FAILURES, guard
+from pipeline.printing import tell, to_json
 from pipeline.progress import Progress
 
 app = typer.Typer()
@@ -38,11 +26,11 @@ WHICH: dict[str, Literal["both", "clip", "teacher"]] = {
 
 def extract(
     context: typer.Context,
-    preset: PresetOption = "miniature",
-    sets: SetOption = None,
-    cache: CacheOption = None,
-    cache_local: LocalOption = None,
-    cache_local_budget: BudgetOption = "50GB",
+    preset: options.Preset = "miniature",
+    sets: options.Set = None,
+    cache: options.Cache = None,
+    cache_local: options.Local = None,
+    cache_local_budget: options.Budget = "50GB",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Also keep the result as DIR/COMMAND.json.")
     ] = None,
@@ -53,10 +41,10 @@ def extract(
         int, typer.Option("--workers", min=0, metavar="N", help="Dask worker processes; 0 works in this process.")
     ] = 0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try videos again that failed before.")] = False,
-    device: DeviceOption = "auto",
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """All three commands; their names say which features."""
     with guard(debug=debug, as_json=as_json):
@@ -78,9 +66,9 @@ def extract(
             )
         if out is not None and not dry_run:
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{command}.json").write_text(results.to_json(result) + "\n")
+            (out / f"{command}.json").write_text(to_json(result) + "\n")
         show = partial(results.show_estimate, command) if dry_run else results.show_extraction
-        results.tell(result, show, as_json=as_json)
+        tell(result, show, as_json=as_json)
         if not dry_run and result["failed"]:
             raise typer.Exit(FAILURES)
 

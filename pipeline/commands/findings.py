@@ -11,19 +11,10 @@ from typing import Annotated
 import typer
 
 from pipeline import results
-from pipeline.commands.options import (
-    CacheOption,
-    CheckpointOption,
-    DebugOption,
-    DeviceOption,
-    JsonOption,
-    RunOption,
-    SplitOption,
-    device_of,
-    load_compose,
-    place_of,
-)
+from pipeline.commands import options
+from pipeline.commands.options import device_of, load_compose, place_of
 from pipeline.errors import guard
+from pipeline.printing import tell
 from pipeline.progress import Progress
 
 app = typer.Typer()
@@ -31,16 +22,16 @@ app = typer.Typer()
 
 @app.command("diagnose", epilog="Example:  pipeline diagnose --run runs/slower --samples 128")
 def diagnose(
-    cache: CacheOption = None,
-    run: RunOption = None,
-    split: SplitOption = "test",
+    cache: options.Cache = None,
+    run: options.Run = None,
+    split: options.Split = "test",
     samples: Annotated[
         int, typer.Option("--samples", min=4, metavar="N", help="Evenly spaced samples that are looked at.")
     ] = 64,
-    checkpoint: CheckpointOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    checkpoint: options.Checkpoint = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Look into a finished student: alignment per level and frame, memory banks, attention, operations."""
     with guard(debug=debug, as_json=as_json):
@@ -61,7 +52,7 @@ def diagnose(
                 device=device_of(device),
                 progress=progress,
             )
-        results.tell(result, results.show_diagnosis, as_json=as_json)
+        tell(result, results.show_diagnosis, as_json=as_json)
 
 
 @app.command("report", epilog="Example:  pipeline report runs/ablation --out ablation.html")
@@ -73,8 +64,8 @@ def report(
     videos: Annotated[
         int, typer.Option("--videos", min=0, metavar="N", help="Questions shown one by one, with their frames.")
     ] = 6,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Put runs on one page: the answer, the paper's tables beside ours, the diagnostics, single questions, the cost."""
     with guard(debug=debug, as_json=as_json):
@@ -83,15 +74,15 @@ def report(
 
         with Progress() as progress:
             result = build(runs, out=out, shown=videos, progress=progress)
-        results.tell(result, results.show_report, as_json=as_json)
+        tell(result, results.show_report, as_json=as_json)
 
 
 @app.command("compare", epilog="Example:  pipeline compare runs/lambda-0 runs/lambda-1")
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of baselines.")],
-    split: SplitOption = "test",
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    split: options.Split = "test",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Test any two runs against each other, paired by sample and clustered by video.
 
@@ -100,4 +91,4 @@ def compare(
     with guard(debug=debug, as_json=as_json):
         from pipeline.scoring import compare as compare_runs
 
-        results.tell(compare_runs(runs, split=split), results.show_comparison, as_json=as_json)
+        tell(compare_runs(runs, split=split), results.show_comparison, as_json=as_json)

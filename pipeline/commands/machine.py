@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from pipeline import results
-from pipeline.commands.options import DebugOption, JsonOption
+from pipeline.commands import options
 from pipeline.errors import ENVIRONMENT, guard
+from pipeline.printing import tell
 
 app = typer.Typer()
 
@@ -23,8 +24,8 @@ def synth(
     videos: Annotated[int, typer.Option("--videos", min=6, metavar="N", help="How many, all splits together.")] = 48,
     workers: Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Processes that draw.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Another seed draws other videos.")] = 0,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Draw the small labelled videos that the miniature preset runs on."""
     with guard(debug=debug, as_json=as_json):
@@ -32,7 +33,7 @@ def synth(
 
         world = write_world(out, videos=videos, seed=seed, workers=workers)
         result = {"folder": str(world.root), "videos": world.videos, "frames": world.frames, "written": world.written}
-        results.tell(result, results.show_synth, as_json=as_json)
+        tell(result, results.show_synth, as_json=as_json)
 
 
 @app.command("doctor", epilog="Example:  pipeline doctor --store s3://bucket/features")
@@ -40,15 +41,15 @@ def doctor(
     store: Annotated[
         str | None, typer.Option("--store", metavar="URL", help="Also try what a cache needs of this object store.")
     ] = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Say what this machine, and an object store, have and lack."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import doctor as room
 
         result = room.examine(store)
-        results.tell(result, results.show_doctor, as_json=as_json)
+        tell(result, results.show_doctor, as_json=as_json)
         if complaint := room.complaint(result):
             print(f"error: {complaint}", file=sys.stderr)
             raise typer.Exit(ENVIRONMENT)

@@ -11,43 +11,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.errors import ConfigError, NotAvailable
+from pipeline.printing import parse_size
 
 if TYPE_CHECKING:
     from cache_schema.objects import StorePath
     from stages.config import PipelineConfig
 
-PresetOption = Annotated[
+Preset = Annotated[
     str, typer.Option("--preset", metavar="NAME", help="miniature, lvu-TASK, msvd-qa-malmm or msvd-qa-literal.")
 ]
-SetOption = Annotated[
+Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times.")
 ]
-CacheOption = Annotated[
+Cache = Annotated[
     str | None,
     typer.Option("--cache", metavar="PATH", help="The feature store: a folder or s3://… [default: cache/…, by preset]"),
 ]
-LocalOption = Annotated[
+Local = Annotated[
     Path | None, typer.Option("--cache-local", metavar="DIR", help="Keep shards of an s3:// store here as well.")
 ]
-BudgetOption = Annotated[
+Budget = Annotated[
     str, typer.Option("--cache-local-budget", metavar="SIZE", help="At most so much of them, such as 800MB or 2TB.")
 ]
-RunOption = Annotated[
+Run = Annotated[
     Path | None, typer.Option("--run", "--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")
 ]
-CheckpointOption = Annotated[
+Checkpoint = Annotated[
     str | None,
     typer.Option("--checkpoint", metavar="NAME", help="best, final, latest or step-N. [default: best, else final]"),
 ]
-SplitOption = Annotated[str, typer.Option("--split", metavar="NAME", help="The split to answer.")]
-DeviceOption = Annotated[
+Split = Annotated[str, typer.Option("--split", metavar="NAME", help="The split to answer.")]
+Device = Annotated[
     str, typer.Option("--device", metavar="NAME", help="auto (CUDA where there is one), cpu, cuda or cuda:N.")
 ]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the result as one JSON object, the last line of stdout.")
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and its size; do nothing.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, the last line of stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and its size; do nothing.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def config_of(preset: str, sets: Sequence[str] | None) -> PipelineConfig:
@@ -61,7 +60,6 @@ def place_of(cache: str | None, config: PipelineConfig, local: Path | None = Non
     """The store that ``--cache`` names, with its copies on a local disk."""
     from cache_schema.objects import LocalCopies, ObjectPath, locate
     from pipeline import presets
-    from pipeline.results import parse_size
 
     copies = LocalCopies(local, parse_size(budget)) if local is not None else None
     store = presets.default_cache(config) if cache is None else locate(cache, copies)

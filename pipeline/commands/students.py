@@ -9,25 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline import results
-from pipeline.commands.options import (
-    BudgetOption,
-    CacheOption,
-    CheckpointOption,
-    DebugOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    LocalOption,
-    PresetOption,
-    RunOption,
-    SetOption,
-    SplitOption,
-    config_of,
-    device_of,
-    load_compose,
-    place_of,
-)
+from pipeline.commands import options
+from pipeline.commands.options import config_of, device_of, load_compose, place_of
 from pipeline.errors import guard
+from pipeline.printing import tell
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,11 +23,11 @@ app = typer.Typer()
 
 @app.command("train-student", epilog="Example:  pipeline train-student --set train.lr=3e-4 --out runs/slower")
 def train_student(
-    preset: PresetOption = "miniature",
-    sets: SetOption = None,
-    cache: CacheOption = None,
-    cache_local: LocalOption = None,
-    cache_local_budget: BudgetOption = "50GB",
+    preset: options.Preset = "miniature",
+    sets: options.Set = None,
+    cache: options.Cache = None,
+    cache_local: options.Local = None,
+    cache_local_budget: options.Budget = "50GB",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")
     ] = None,
@@ -50,10 +35,10 @@ def train_student(
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Memory to stay within, such as 20GB; chooses the micro-batch."),
     ] = None,
-    device: DeviceOption = "auto",
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Train the memory-bank student against the cache."""
     with guard(debug=debug, as_json=as_json):
@@ -71,7 +56,7 @@ def train_student(
                 progress=progress,
             )
         show = partial(results.show_estimate, "train-student") if dry_run else results.show_training
-        results.tell(result, show, as_json=as_json)
+        tell(result, show, as_json=as_json)
 
 
 @app.command("evaluate", epilog="Example:  pipeline evaluate --run runs/slower --split val --checkpoint best")
@@ -80,17 +65,17 @@ def evaluate(
         str,
         typer.Option("--preset", metavar="NAME", help="Instead of the configuration that the run was trained with."),
     ] = "",
-    sets: SetOption = None,
-    cache: CacheOption = None,
-    cache_local: LocalOption = None,
-    cache_local_budget: BudgetOption = "50GB",
-    run: RunOption = None,
-    split: SplitOption = "test",
-    checkpoint: CheckpointOption = None,
-    device: DeviceOption = "auto",
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    sets: options.Set = None,
+    cache: options.Cache = None,
+    cache_local: options.Local = None,
+    cache_local_budget: options.Budget = "50GB",
+    run: options.Run = None,
+    split: options.Split = "test",
+    checkpoint: options.Checkpoint = None,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Answer the questions of a split and score the answers."""
     with guard(debug=debug, as_json=as_json):
@@ -110,7 +95,7 @@ def evaluate(
                 progress=progress,
             )
         show = partial(results.show_estimate, "evaluate") if dry_run else results.show_evaluation
-        results.tell(result, show, as_json=as_json)
+        tell(result, show, as_json=as_json)
 
 
 def _config_of_run(run: Path, preset: str, sets: list[str] | None) -> tuple[PipelineConfig, bool]:
@@ -124,21 +109,21 @@ def _config_of_run(run: Path, preset: str, sets: list[str] | None) -> tuple[Pipe
 
 @app.command("baselines", epilog="Example:  pipeline baselines --probe clip_mean --probe teacher_mean")
 def baselines(
-    preset: PresetOption = "miniature",
-    sets: SetOption = None,
-    cache: CacheOption = None,
-    cache_local: LocalOption = None,
-    cache_local_budget: BudgetOption = "50GB",
+    preset: options.Preset = "miniature",
+    sets: options.Set = None,
+    cache: options.Cache = None,
+    cache_local: options.Local = None,
+    cache_local_budget: options.Budget = "50GB",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where they are kept. [default: runs/PRESET-baselines]")
     ] = None,
-    split: SplitOption = "test",
+    split: options.Split = "test",
     probe: Annotated[
         list[str] | None, typer.Option("--probe", metavar="NAME", help="Only this one; repeatable. [default: all]")
     ] = None,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Majority class and probes on the cached features: what a student has to beat. Runs on the CPU."""
     with guard(debug=debug, as_json=as_json):
@@ -158,4 +143,4 @@ def baselines(
                 progress=progress,
             )
         show = partial(results.show_estimate, "baselines") if dry_run else results.show_baselines
-        results.tell(result, show, as_json=as_json)
+        tell(result, show, as_json=as_json)

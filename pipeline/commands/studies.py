@@ -11,20 +11,10 @@ from typing import Annotated
 import typer
 
 from pipeline import results
-from pipeline.commands.options import (
-    CacheOption,
-    DebugOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    PresetOption,
-    SetOption,
-    config_of,
-    device_of,
-    load_compose,
-    place_of,
-)
+from pipeline.commands import options
+from pipeline.commands.options import config_of, device_of, load_compose, place_of
 from pipeline.errors import FAILURES, guard
+from pipeline.printing import parse_size, tell
 from pipeline.progress import Progress
 
 app = typer.Typer()
@@ -32,8 +22,8 @@ app = typer.Typer()
 
 @app.command("ablate", epilog="Example:  pipeline ablate --study levels --seeds 0-4")
 def ablate(
-    preset: PresetOption = "miniature",
-    sets: SetOption = None,
+    preset: options.Preset = "miniature",
+    sets: options.Set = None,
     vary: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,25 +40,25 @@ def ablate(
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="0-4", help="Train every arm with each. [default: train.seed]")
     ] = None,
-    cache: CacheOption = None,
+    cache: options.Cache = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="One run folder a variant. [default: runs/PRESET-STUDY]")
     ] = None,
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="SIZE", help="For students and features. [default: what is free]")
     ] = None,
-    device: DeviceOption = "auto",
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Train and score many variants on one pass over the cache; each is an ordinary run folder."""
     with guard(debug=debug, as_json=as_json):
-        from pipeline.variants import make_variants, parse_memory
+        from pipeline.variants import make_variants
 
         config = config_of(preset, sets)
         variants, notes = make_variants(config, vary=vary or (), zipped=zipped, study=study, seeds=seeds)
-        room = parse_memory(memory) if memory else None
+        room = parse_size(memory) if memory else None
         place = place_of(cache, config)
         load_compose(dry_run=dry_run)
         from pipeline.ablate import ablate as run_ablation
@@ -84,7 +74,7 @@ def ablate(
                 progress=progress,
             )
         show = results.show_ablation_plan if dry_run else results.show_ablation
-        results.tell(result | {"warnings": notes}, show, as_json=as_json)
+        tell(result | {"warnings": notes}, show, as_json=as_json)
         if not dry_run and result["dropped"]:
             raise typer.Exit(FAILURES)
 
@@ -92,35 +82,36 @@ def ablate(
 @app.command("ablate-status", epilog="Example:  pipeline ablate-status runs/miniature-lambda")
 def ablate_status(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="What ablate was given as --out.")],
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """The table of an ablation so far, while it runs or after."""
     with guard(debug=debug, as_json=as_json):
         from pipeline.ledger import Ledger
 
-        results.tell(Ledger.open(out).result(), results.show_ablation, as_json=as_json)
+        tell(Ledger.open(out).result(), results.show_ablation, as_json=as_json)
 
 
 @app.command("tour", epilog="Example:  pipeline tour --out runs/tour")
 def tour(
-    sets: SetOption = None,
-    cache: CacheOption = None,
+    sets: options.Set = None,
+    cache: options.Cache = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="One folder per task and arm.")] = Path("runs/tour"),
     processes: Annotated[
         int, typer.Option("--processes", min=0, metavar="N", help="Runs at a time, one thread each; 0 = one a core.")
     ] = 0,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """The miniature's study: a coarse and a fine task, with and without the diffusion teacher, beside the baselines."""
     with guard(debug=debug, as_json=as_json):
-        config = config_of("miniature", sets)
-        place = place_of(cache, config)
+        place = place_of(cache, config_of("miniature", sets))
         load_compose()
         from pipeline.tour import processes_here
         from pipeline.tour import tour as run_tour
 
         with Progress() as progress:
-            result = run_tour(config, cache=place, out=out, processes=processes or processes_here(), progress=progress)
-        results.tell(result, results.show_tour, as_json=as_json)
+            result = run_tour(
+                sets or [], cache=place, out=out, processes=processes or processes_here(), progress=progress
+            )
+        tell(result, results.show_tour, as_json=as_json)

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from pipeline import registry
 from pipeline.errors import ConfigError
 from pipeline.overrides import flatten
+from pipeline.printing import size
 from pipeline.progress import OnProgress, clock, printable
 from pipeline.report import answer, figures, paper, videos
 from pipeline.report.answer import Headline, Result
@@ -24,7 +25,6 @@ from pipeline.report.insight import Insight, insight_of
 from pipeline.report.paper import Table
 from pipeline.report.read import Missing, Study, Variant, read_studies
 from pipeline.report.videos import VideoView
-from pipeline.results import size
 
 TEMPLATES = Path(__file__).parent / "templates"
 ROWS = 40  # true answers listed one by one at most

@@ -13,7 +13,7 @@ from typing import Any, cast
 from pipeline import registry
 from pipeline.errors import ConfigError
 from pipeline.ledger import FILE as LEDGER
-from pipeline.overrides import flatten
+from pipeline.overrides import deciding
 from pipeline.runs import RunFolder, free_folder
 from stages.config import PipelineConfig
 from stages.decode.evaluate import read_predictions
@@ -175,7 +175,7 @@ def _read(root: Path, folder: Path) -> Run:
         seed = facts.get("seed") if isinstance(facts.get("seed"), int) else None
         return Run(folder, name, seed, settings, None, tuple(said), missing=tuple(missing))
     run = RunFolder.open(folder)
-    settings = flatten(run.config)
+    settings = deciding(run.config)
     del settings["train.seed"]
     seed = run.config.train.seed
     records = part(run.metrics_path, run.metrics, "a training log", f"pipeline train-student --out {quoted}", [])

@@ -14,7 +14,7 @@ import pytest
 
 from cache_schema.objects import ObjectPath, locate
 from pipeline import doctor
-from pipeline.results import parse_size, size
+from pipeline.printing import parse_size, size
 from tests.object_servers import KEY, SECRET, FaultProxy, Moto, use
 from tests.pipeline.test_cli import run
 
@@ -120,11 +120,12 @@ def test_sizes_are_read_as_they_are_shown(text: str, count: int) -> None:
     assert parse_size(size(count)) == count
 
 
-def test_a_bare_number_is_bytes() -> None:
-    assert (parse_size("4096"), parse_size("7B")) == (4096, 7)
+def test_sizes_are_read_as_people_type_them() -> None:
+    sizes = {"4096": 4096, "7B": 7, "1.5 MB": 1_500_000, "2GiB": 2 << 30, "3k": 3000, "3 KB": 3000}
+    assert {text: parse_size(text) for text in sizes} == sizes
 
 
-@pytest.mark.parametrize("text", ["", "many", "-5GB", "5GiB", "1e9"])
+@pytest.mark.parametrize("text", ["", "many", "-5GB", "0GB", "8XB", "1e9"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)

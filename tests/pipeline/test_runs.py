@@ -89,6 +89,11 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(run: RunFold
     assert RunFolder.open(run.path).config == CONFIG
 
 
+def test_a_run_goes_on_though_the_cache_is_read_in_another_way(run: RunFolder) -> None:
+    other = apply(CONFIG, ["data.io=pread", "data.reader_threads=5"])
+    assert RunFolder.create(run.path, other).config == CONFIG
+
+
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match=r"letter\.txt"):
