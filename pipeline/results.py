@@ -130,13 +130,13 @@ def show_ablation_plan(result: Result) -> None:
 
 def show_ablation(result: Result) -> None:
     """One line an arm over its seeds, then what is not done, and why."""
-    table = new_table("arm", "seeds", "correct", "n", "top-1 in %", "95 % interval", "sd over seeds")
+    table = new_table("arm", "seeds", "correct", "n", "top-1", "95 % interval", "sd")
     for arm, part in result["arms"].items():
         low, high = part["interval"] or (None, None)
         span = f"{percent(low)} to {percent(high)}" if low is not None else ""
         counts = (str(len(part["seeds"])), cell(part["k"]), cell(part["n"]), percent(part["accuracy"]))
         table.add_row(printable(arm), *counts, span, percent(part["seed_sd"]))
-    show_table("Test split; intervals draw whole videos, answers are averaged over seeds:", table)
+    show_table("Accuracy in % on test; intervals draw whole videos of the seeds' average, sd is over seeds:", table)
     for row in result["variants"]:
         if row["status"] == "dropped":
             say(f"dropped: {row['variant']}: {row['reason']}")
@@ -192,7 +192,8 @@ def show_report(result: Result) -> None:
         say(f"missing: {lack['what']} of {len(lack['runs'])} runs")
         if lack["command"]:
             to_type(lack["command"])
-    say(f"{result['runs']} runs on one page: {result['page']} ({size(result['bytes'])})")
+    runs = "1 run" if result["runs"] == 1 else f"{result['runs']} runs"
+    say(f"{runs} on one page: {result['page']} ({size(result['bytes'])})")
 
 
 def show_comparison(result: Result) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -32,6 +32,7 @@ BASELINES = {
     "probe on pooled CLIP": "clip_mean",
     "probe on pooled teacher": "teacher_mean",
 }
+LOOK_S = 1.0  # between two looks at the run folders
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,13 @@ def _in_processes(jobs: Sequence[Job], processes: int, progress: OnProgress) -> 
     before = set(active_children())
     pool = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn"), initializer=_begin)
     try:
-        waiting = [(job, pool.submit(_run, job)) for job in jobs]
-        found = {}
-        for number, (job, future) in enumerate(waiting):
-            progress(number, len(jobs), f"{job.task}: {job.row}")
-            found[job.task, job.row] = future.result()
+        asked = {pool.submit(_run, job): job for job in jobs}
+        found: dict[tuple[str, str], Found] = {}
+        waiting = set(asked)
+        while waiting:
+            progress(len(found), len(jobs), _steps([asked[future] for future in waiting]))
+            done, waiting = wait(waiting, LOOK_S, FIRST_COMPLETED)
+            found |= {(asked[future].task, asked[future].row): future.result() for future in done}
         progress(len(jobs), len(jobs), "")
         return found
     except BaseException:
@@ -93,6 +96,17 @@ def _in_processes(jobs: Sequence[Job], processes: int, progress: OnProgress) -> 
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _steps(unfinished: Sequence[Job]) -> str:
+    """How far the students are that train now: one record of metrics.jsonl is one step."""
+    told = []
+    for job in sorted(unfinished, key=lambda job: str(job.out)):
+        records = job.out / "metrics.jsonl"
+        if job.row in ARMS and records.is_file():
+            done = records.read_bytes().count(b"\n")
+            told.append(f"{job.task} λ={job.config.train.lambda_kd:g} step {done}")
+    return ", ".join(told)
 
 
 def _begin() -> None:
