@@ -18,6 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cache_schema.errors import CacheMismatch
 from cache_schema.store import FeatureStore
 from pipeline import compose, presets, training
 from pipeline.ablate import ablate, free_memory
@@ -314,7 +315,7 @@ def test_a_wrong_cache_or_a_folder_of_somebody_else_is_refused_before_anything_i
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"holds other files \(thesis.tex\)"):
         run(configure(), cache, tmp_path / "mine", vary=["train.lambda_kd=0,1"])
-    with pytest.raises(Exception, match="was made with other settings"):
+    with pytest.raises(CacheMismatch, match="was made with other settings"):
         run(configure(), cache, tmp_path / "out", vary=["clip.layer=5,4"])
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="holds no ablation"):

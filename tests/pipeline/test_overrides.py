@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import presets
@@ -36,12 +36,14 @@ def refusal(*sets: str) -> str:
     return str(caught.value)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_values_written_as_json_come_back(values: dict[str, Any]) -> None:
     config = apply(BASE, [f"{key}={json.dumps(value)}" for key, value in values.items()])
     assert flatten(config) == flatten(BASE) | values
 
 
+@settings(deadline=None)
 @given(TEXT)
 def test_text_without_quotes_is_taken_as_it_is(text: str) -> None:
     try:
