@@ -60,17 +60,7 @@ GOALS = {
     "zarrs": 3.5,
     "tensorstore": 2.5,
 }
-PACKAGES = [
-    "litdata",
-    "mosaicml-streaming",
-    "webdataset",
-    "safetensors",
-    "zarr",
-    "zarrs",
-    "tensorstore",
-    "torch",
-    "numpy",
-]
+PEERS = ["litdata", "mosaicml-streaming", "webdataset", "safetensors", "zarr", "zarrs", "tensorstore"]
 Array = npt.NDArray[Any]
 Pass = Callable[[], Iterator[Any]]  # gives every video once; each is valid until the next is asked for
 
