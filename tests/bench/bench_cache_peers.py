@@ -132,19 +132,21 @@ def litdata(folder: Path, store: FeatureStore) -> Iterator[Row]:
         multiprocessing.set_start_method(None, force=True)  # its writer had left another one for all workers to come
         return target
 
-    tensors, arrays = written("tensors", video_tensor), written("arrays", video_features)
+    where = written("tensors", video_tensor)
+    # Made once and gone through once a round, as in training: from the second time on its maps are there.
+    tensors, arrays = litdata.StreamingDataset(where), litdata.StreamingDataset(written("arrays", video_features))
 
     def iterate() -> Iterator[Array]:
         buffer = page_aligned_buffer()
-        for video in litdata.StreamingDataset(tensors):
+        for video in tensors:
             np.copyto(buffer, video.numpy())
             yield buffer
 
     yield Row(
         {"ours": lambda: one_thread(store), "ours, ring": lambda: ring(store)},
-        {"litdata_iteration": iterate, "litdata_iteration_numpy": lambda: iter(litdata.StreamingDataset(arrays))},
+        {"litdata_iteration": iterate, "litdata_iteration_numpy": lambda: iter(arrays)},
     )
-    loader = litdata.StreamingDataLoader(litdata.StreamingDataset(tensors), batch_size=1, num_workers=WORKERS)
+    loader = litdata.StreamingDataLoader(litdata.StreamingDataset(where), batch_size=1, num_workers=WORKERS)
     yield Row({"ours, ring": lambda: ring(store)}, {"litdata_loader": lambda: iter(loader)})
 
 
