@@ -88,6 +88,10 @@ CheckpointOption = Annotated[
 WorkersOption = Annotated[
     int, typer.Option("--workers", min=0, metavar="N", help="Dask worker processes; 0 works in this process.")
 ]
+StoredOption = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="Store tokens as float16, float32 or int8 (half of it): clip.dtype."),
+]
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try videos again that failed before.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object, the last line of stdout.")
@@ -122,6 +126,7 @@ def extract(
     cache_local_budget: BudgetOption = "50GB",
     out: ReportOption = None,
     split: SplitsOption = None,
+    dtype: StoredOption = None,
     workers: WorkersOption = 0,
     retry_failed: RetryOption = False,
     device: DeviceOption = "auto",
@@ -131,7 +136,7 @@ def extract(
 ) -> None:
     """Put the features of both frozen networks into the cache; every frame is decoded once."""
     with guard(debug=debug, as_json=as_json):
-        config = _config(preset, sets)
+        config = _config(preset, _stored_as(sets, dtype))
         place = place_of(cache, config, cache_local, cache_local_budget)
         _extract("both", config, place, out, split or [], workers, retry_failed, device, dry_run, as_json)
 
@@ -148,6 +153,7 @@ def extract_clip(
     cache_local_budget: BudgetOption = "50GB",
     out: ReportOption = None,
     split: SplitsOption = None,
+    dtype: StoredOption = None,
     workers: WorkersOption = 0,
     retry_failed: RetryOption = False,
     device: DeviceOption = "auto",
@@ -157,7 +163,7 @@ def extract_clip(
 ) -> None:
     """Put the patch tokens of the frozen image encoder into the cache."""
     with guard(debug=debug, as_json=as_json):
-        config = _config(preset, sets)
+        config = _config(preset, _stored_as(sets, dtype))
         place = place_of(cache, config, cache_local, cache_local_budget)
         _extract("clip", config, place, out, split or [], workers, retry_failed, device, dry_run, as_json)
 
@@ -514,6 +520,10 @@ def _config(preset: str, sets: Sequence[str] | None) -> PipelineConfig:
     from pipeline import overrides, presets
 
     return overrides.apply(presets.get(preset), sets or [])
+
+
+def _stored_as(sets: Sequence[str] | None, dtype: str | None) -> list[str]:
+    return [*(sets or []), *([] if dtype is None else [f"clip.dtype={dtype}"])]
 
 
 def _run_config(run: Path, preset: str, sets: Sequence[str] | None) -> tuple[PipelineConfig, bool]:
