@@ -349,9 +349,10 @@ def show_cache_inspect(result: Result) -> None:
 
 def show_cache_export(result: Result) -> None:
     """What was written, and what could not be."""
+    pieces = "tars" if result["format"] == "webdataset" else "shards"
     _say(
         f"{result['videos']} videos, {result['frames']:,} frames of {', '.join(result['modalities'])} in "
-        f"{result['files']} tars ({size(result['bytes'])}) in {result['out']}"
+        f"{result['files']} {pieces} ({size(result['bytes'])}) in {result['out']}"
     )
     for skipped in result["skipped"][:SHOWN]:
         _say(f"left out: {skipped['video']}: {skipped['reason']}")

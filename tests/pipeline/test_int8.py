@@ -19,6 +19,7 @@ from pipeline.cli import app
 from stages.data.loader import Frames, Ring, features
 from stages.miniature.world import write_world
 from tests.cache_schema.makers import flip_bit, tree
+from tests.cache_schema.test_export import read_elsewhere
 
 
 def run(*arguments: object) -> Result:
@@ -115,6 +116,17 @@ def test_leftovers_are_removed_and_the_store_is_not(copy: tuple[Path, list[objec
     code, done = ask("cache", "gc", *options, "--host", "gone")
     assert (code, done["removed"]) == (0, 1)
     assert tree(store) == tree(made)
+
+
+def test_plain_is_float16_for_a_zarr_that_does_not_know_this_package(made: Path, tmp_path: Path) -> None:
+    code, done = ask("cache", "export", "--plain", "--out", tmp_path / "plain", "--cache", made)
+    assert (code, done["format"], done["modalities"]) == (0, "plain", ["pooled/layer8", "tokens"])
+    store = FeatureStore.open(made, "tokens")
+    expected = np.full((store.plan.num_shards * store.shard_frames, *store.spec.frame_shape), np.nan, np.float16)
+    for segment in store.plan.segments:
+        expected[segment.start : segment.stop] = store.read(segment.video_id, segment.frame_index)
+    np.testing.assert_array_equal(read_elsewhere(tmp_path / "plain", "tokens"), expected)
+    assert "shards" in run("cache", "export", "--plain", "--out", tmp_path / "again", "--cache", made).stdout
 
 
 def test_a_student_learns_from_it_and_is_sent_int8_and_scales(
