@@ -123,6 +123,7 @@ def _write_metadata(folder: Path, stores: Mapping[str, FeatureStore], num_shards
     group = zarr.create_group(folder, attributes={"about": "features exported from a cache of diff-lmm"})
     for name, store in stores.items():
         shape, rows = store.spec.frame_shape, num_shards * store.shard_frames
+        made_by: dict[str, Any] = {"exported_from": store.spec.to_json()}
         group.create_array(
             name,
             shape=(rows, *shape),
@@ -132,7 +133,7 @@ def _write_metadata(folder: Path, stores: Mapping[str, FeatureStore], num_shards
             compressors=None,
             filters=None,
             fill_value=float("nan"),
-            attributes={"exported_from": store.spec.to_json()},
+            attributes=made_by,
         )
 
 

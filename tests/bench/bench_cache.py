@@ -25,7 +25,9 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from cache_schema import ChannelScale, FeatureSpec, FeatureStore, Segment, SegmentResult, calibrate, reading
+from cache_schema import ChannelScale, FeatureSpec, FeatureStore, Segment, SegmentResult, calibrate, files, reading
+from cache_schema.plan import Plan, generation_document
+from cache_schema.plan_columns import pack
 from tests.bench.measure import Comparison, compare
 
 VIDEOS, FRAMES, SHAPE = 8, 100, (257, 1408)
@@ -267,7 +269,71 @@ def cold(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
         yield name, compare(ways, floor=floor, rounds=rounds, before=drop)
 
 
-ROWS = {"warm": warm, "ring": ring, "write": write, "int8": int8, "cold": cold}
+def open_million(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
+    """Open a store of a million videos and find a frame in it, against reading the same bytes of its plan."""
+    path, frames, count = folder / "million", tuple(range(FRAMES)), 1_000_000
+    store = FeatureStore.create(path, "tokens", SPEC)
+    per_shard = store.shard_frames // FRAMES
+    starts = (n // per_shard * store.shard_frames + n % per_shard * FRAMES for n in range(count))
+    plan = Plan(store.shard_frames, tuple(Segment(f"v{n:07}", frames, start) for n, start in enumerate(starts)))
+    before = Plan.empty(store.shard_frames)
+    document = files.canonical_json({"format_version": 1, **generation_document(before, plan)})
+    (path / "plan" / "000000.json").write_bytes(document)  # what extend_plan writes, without its minute of deriving
+    (path / "plan" / "000000.columns").write_bytes(pack(before, plan.segments, document))
+    wanted = plan.find("v0777777", [42])
+    del plan, document
+
+    def floor(_: int) -> None:
+        for name in ("000000.json", "000000.columns"):
+            (path / "plan" / name).read_bytes()
+
+    def ours(_: int) -> None:
+        opened = FeatureStore.open(path, "tokens")
+        assert opened.plan.num_shards == count // per_shard
+        assert opened.plan.find("v0777777", [42]) == wanted
+
+    found = compare({"read the bytes": floor, "ours": ours}, floor="read the bytes", rounds=min(rounds, 7))
+    print(f"open_million: {found.timings['ours'].cpu:.3f} processor seconds", file=sys.stderr)
+    yield "open_million", found
+    shutil.rmtree(path)
+
+
+def scan_10k(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
+    """What is still to do in a store of 10,000 committed shards of ten videos each: the start of a resumed extraction.
+
+    The floor looks at the same files (open, fstat, read of the tail) and checks nothing.
+    """
+    path, shards, videos, per_video = folder / "scan", 10_000, 10, 100
+    spec = dataclasses.replace(SPEC, frame_shape=(1, 2))
+    store = FeatureStore.create(path, "tokens", spec, shard_frames=videos * per_video)
+    store.extend_plan({f"v{number:06}": range(per_video) for number in range(shards * videos)})
+    numbers = np.zeros((per_video, 1, 2), np.float16)
+    flush, os.fsync = os.fsync, lambda _: None  # the making of the store is not what is measured
+    try:
+        for task in store.pending():
+            store.write_task(task, lambda _: SegmentResult(iter([numbers]), lambda: {"size": 1, "sha256": "0" * 64}))
+    finally:
+        os.fsync = flush
+    files_there = [store.layout.info.shard_file(number) for number in range(shards)]
+    tail = store.layout.index_bytes + (32 << 10)
+
+    def floor(_: int) -> None:
+        for file in files_there:
+            descriptor = os.open(file, os.O_RDONLY)
+            size = os.fstat(descriptor).st_size
+            os.pread(descriptor, tail, max(0, size - tail))
+            os.close(descriptor)
+
+    def ours(_: int) -> None:
+        assert FeatureStore.open(path, "tokens").pending() == []
+
+    found = compare({"look at the files": floor, "ours": ours}, floor="look at the files", rounds=min(rounds, 5))
+    print(f"scan_10k: {found.timings['ours'].cpu:.3f} processor seconds", file=sys.stderr)
+    yield "scan_10k", found
+    shutil.rmtree(path)
+
+
+ROWS = {"open_million": open_million, "scan_10k": scan_10k, "warm": warm, "ring": ring, "write": write, "int8": int8, "cold": cold}
 
 
 def main() -> None:
