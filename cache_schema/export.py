@@ -151,7 +151,7 @@ def _write_shard(store: FeatureStore, layout: Layout, number: int, shard: Shard)
                     file.write(row.tobytes())
         file.truncate(used_slots(shard.records) * layout.stride)
         file.seek(0, os.SEEK_END)
-        file.write(shard_index(layout, shard.records))
+        file.write(shard_index(layout, shard.present))
     files.sync_file(path)
     return path.stat().st_size
 

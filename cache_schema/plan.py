@@ -205,25 +205,26 @@ class Plan:
 
     def task_of(self, shard: int) -> Task:
         """The task that owns this shard. Raises KeyError when there is no such shard."""
+        segments = self._segments_in(shard)
+        first, size = segments[0].start // self.shard_frames, self.shard_frames
+        return Task(tuple(range(first, self._round_up(segments[-1].stop) // size)), segments)
+
+    def _segments_in(self, shard: int) -> tuple[Segment, ...]:
+        """Those of the shard; in the run of a long video that one."""
         if not 0 <= shard < self.num_shards:
             raise KeyError(shard)
         size, starts = self.shard_frames, self._starts
-        begin = int(np.searchsorted(starts, shard * size))
-        if begin == len(starts) or starts[begin] >= (shard + 1) * size:  # in the run of a long video
-            begin -= 1
-        first = int(starts[begin]) // size
-        segments = tuple(self.segments[begin : int(np.searchsorted(starts, (first + 1) * size))])
-        return Task(tuple(range(first, self._round_up(segments[-1].stop) // size)), segments)
+        begin, end = starts.searchsorted((shard * size, (shard + 1) * size)).tolist()
+        return tuple(self.segments[begin:end] if begin < end else self.segments[begin - 1 : begin])
 
     def parts(self, shard: int) -> tuple[Part, ...]:
         """The pieces of segments that lie in this shard, by slot."""
-        first_row = shard * self.shard_frames
+        first_row, size = shard * self.shard_frames, self.shard_frames
         pieces = []
-        for segment in self.task_of(shard).segments:
-            offset = max(0, first_row - segment.start)
-            slot = max(0, segment.start - first_row)
-            count = min(len(segment) - offset, self.shard_frames - slot)
-            pieces.append(Part(segment, shard, slot, offset, count))
+        for segment in self._segments_in(shard):
+            length, slot = len(segment.frame_index), segment.start - first_row
+            offset, slot = (0, slot) if slot >= 0 else (-slot, 0)
+            pieces.append(Part(segment, shard, slot, offset, min(length - offset, size - slot)))
         return tuple(pieces)
 
     def find(self, video_id: str, frame_index: Sequence[int] | npt.NDArray[np.integer]) -> Rows:
@@ -347,13 +348,15 @@ def from_runs(runs: object) -> tuple[int, ...]:
         raise ValueError("frames must be a list of runs [first, step, count]")
     frames: list[int] = []
     for run in runs:
-        if not isinstance(run, list) or len(run) != 3 or any(type(number) is not int for number in run):
+        if not isinstance(run, list) or [*map(type, run)] != [int, int, int]:
             raise ValueError("frames must be a list of runs [first, step, count] of integers")
         first, step, count = run
         if step < 1 or not 1 <= count <= MAX_SEGMENT_FRAMES - len(frames) or first <= (frames[-1] if frames else -1):
             raise ValueError(f"run {run} is not sorted, repeats a frame, or is too long")
         if first + step * (count - 1) > MAX_FRAME_INDEX:
             raise ValueError(f"run {run} goes beyond frame {MAX_FRAME_INDEX}")
+        if len(runs) == 1:
+            return tuple(range(first, first + step * count, step))
         frames.extend(range(first, first + step * count, step))
     return tuple(frames)
 

@@ -333,7 +333,15 @@ def scan_10k(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
     shutil.rmtree(path)
 
 
-ROWS = {"open_million": open_million, "scan_10k": scan_10k, "warm": warm, "ring": ring, "write": write, "int8": int8, "cold": cold}
+ROWS = {
+    "warm": warm,
+    "ring": ring,
+    "write": write,
+    "int8": int8,
+    "cold": cold,
+    "open_million": open_million,
+    "scan_10k": scan_10k,
+}
 
 
 def main() -> None:
