@@ -45,7 +45,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 FrameIndex = Sequence[int] | npt.NDArray[np.integer]
-MAX_OPEN_SHARDS = 128  # each holds a map and two descriptors; 1024 descriptors are a usual limit
+MAX_OPEN_SHARDS = 128  # each holds a map and three descriptors; 1024 descriptors are a usual limit
 P = ParamSpec("P")
 R = TypeVar("R")
 
