@@ -363,8 +363,9 @@ class FeatureStore:
 
         Copying a frame takes 30 µs; the general way takes as long to find it.
         """
-        usual = isinstance(frame, (int, np.integer)) and self.io in ("auto", "mmap")
-        if not usual or not reading.fits(self.layout, out, 1):
+        if not isinstance(frame, (int, np.integer)) or self.io not in ("auto", "mmap"):
+            return False
+        if not reading.fits(self.layout, out, 1):
             return False
         number, slot = divmod(self._plan_files.known.row(video_id, int(frame)), self.shard_frames)
         opened = self._opened.get(number)  # a row of -1 is in no shard
