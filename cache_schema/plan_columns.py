@@ -1,6 +1,6 @@
 """One growth of a large plan as columns, so that a store of a million videos opens in a moment.
 
-``plan/000000.columns`` stands beside a large ``plan/000000.json`` and says the same; Python needs a minute for that
+``plan/000000.columns`` stands beside a large ``plan/000000.json`` and says the same; Python needs 15 s for that
 many JSON objects. It is derived: it names the JSON by its size and crc32c, and where it is absent, damaged or of
 another file, the JSON is read.
 """

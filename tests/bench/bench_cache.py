@@ -267,10 +267,9 @@ def cold(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
 
     def ours(number: int, step: int, io: reading.Io) -> None:
         store = FeatureStore.open(folder / "store", "tokens", io=io)
-        buffer = buffers.setdefault(step, store.buffer(FRAMES // step))
-        store.read(f"v{number % VIDEOS}", np.arange(0, FRAMES, step), out=buffer)
+        store.read(f"v{number % VIDEOS}", np.arange(0, FRAMES, step), out=buffer[: FRAMES // step])
 
-    buffers: dict[int, Array] = {}
+    buffer = FeatureStore.open(folder / "store", "tokens").buffer(FRAMES)
     drop()
     ours(0, 1, "auto")  # the probe of this disk
     for name, step, floor in (("cold_strided", 5, "memmap"), ("cold_whole", 1, "pread")):
@@ -289,7 +288,8 @@ def open_million(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
     plan = Plan(store.shard_frames, tuple(Segment(f"v{n:07}", frames, start) for n, start in enumerate(starts)))
     before = Plan.empty(store.shard_frames)
     document = files.canonical_json({"format_version": 1, **generation_document(before, plan)})
-    (path / "plan" / "000000.json").write_bytes(document)  # what extend_plan writes, without its minute of deriving
+    # What extend_plan writes, without the minute that it takes to derive.
+    (path / "plan" / "000000.json").write_bytes(document)
     (path / "plan" / "000000.columns").write_bytes(pack(before, plan.segments, document))
     wanted = plan.find("v0777777", [42])
     del plan, document
