@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cache_schema import claims, files, metadata
 from cache_schema.objects import ObjectPath, StorePath
-from cache_schema.planfile import is_generation
+from cache_schema.planfile import is_columns, is_generation
 from cache_schema.store import FeatureStore
 
 
@@ -64,7 +64,7 @@ def remove(orphan: Orphan) -> None:
 def _strangers(store: StorePath, modalities: Collection[str]) -> Iterator[StorePath]:
     roots = {modality.partition("/")[0] for modality in modalities}
     yield from _except(store, {"zarr.json", "plan", "videos", *roots}.__contains__)
-    yield from _except(store / "plan", lambda name: name == "zarr.json" or is_generation(name))
+    yield from _except(store / "plan", lambda name: name == "zarr.json" or is_generation(name) or is_columns(name))
     for modality in modalities:
         for parent in metadata.path_to(modality)[:-1]:
             inside = {m.removeprefix(f"{parent}/").partition("/")[0] for m in modalities if m.startswith(f"{parent}/")}

@@ -8,10 +8,12 @@ shard, so nothing that was planned ever moves.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, chain
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -77,12 +79,73 @@ class Task:
         return sum(len(segment) for segment in self.segments)
 
 
+class Block(Protocol):
+    """Many segments that are made when they are asked for (plan_columns.Columns)."""
+
+    starts: Rows
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: int) -> Segment: ...
+    def __iter__(self) -> Iterator[Segment]: ...
+    def of(self, video_id: str) -> Segment | None: ...
+
+
+class Segments(Sequence[Segment]):
+    """The segments of a plan of which some growths are too large to hold as objects."""
+
+    def __init__(self, blocks: Iterable[tuple[Segment, ...] | Block]) -> None:
+        self.blocks = tuple(blocks)
+        self._ends = list(accumulate(map(len, self.blocks)))
+        self._few = _by_id(chain.from_iterable(block for block in self.blocks if isinstance(block, tuple)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, at):  # type: ignore[no-untyped-def]  # the overloads of Sequence say more than they help
+        if isinstance(at, slice):
+            return tuple(self[number] for number in range(*at.indices(len(self))))
+        at = range(len(self))[at]
+        number = bisect_right(self._ends, at)
+        return self.blocks[number][at - (self._ends[number - 1] if number else 0)]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return chain.from_iterable(self.blocks)
+
+    def __add__(self, more: tuple[Segment, ...]) -> Segments:
+        return Segments((*self.blocks, more))
+
+    @property
+    def starts(self) -> Rows:
+        """First row of each."""
+        return np.concatenate([_starts(block) if isinstance(block, tuple) else block.starts for block in self.blocks])
+
+    def of(self, video_id: str) -> tuple[Segment, ...]:
+        """The segments of one video, oldest first."""
+        found = [block.of(video_id) for block in self.blocks if not isinstance(block, tuple)]
+        all_of_it = [*self._few.get(video_id, ()), *(segment for segment in found if segment is not None)]
+        return tuple(sorted(all_of_it, key=lambda segment: segment.start))
+
+
+def _starts(segments: Sequence[Segment]) -> Rows:
+    return np.array([segment.start for segment in segments], np.int64)
+
+
+def _by_id(segments: Iterable[Segment]) -> dict[str, tuple[Segment, ...]]:
+    found: dict[str, tuple[Segment, ...]] = {}
+    for segment in segments:
+        found[segment.video_id] = (*found.get(segment.video_id, ()), segment)
+    return found
+
+
 @dataclass(frozen=True)
 class Plan:
-    """An immutable assignment (video, frame index) -> row. Make one with ``empty`` and grow it with ``extended``."""
+    """An immutable assignment (video, frame index) -> row. Make one with ``empty`` and grow it with ``extended``.
+
+    ``segments`` are in the order of their rows.
+    """
 
     shard_frames: int
-    segments: tuple[Segment, ...] = field(repr=False)
+    segments: tuple[Segment, ...] | Segments = field(repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.shard_frames <= MAX_SHARD_FRAMES:
@@ -115,10 +178,15 @@ class Plan:
                 row = added[-1].stop if len(frames) <= self.shard_frames else self._round_up(added[-1].stop)
         return Plan(self.shard_frames, self.segments + tuple(added)) if added else self
 
+    def grown_by(self, block: Block) -> Plan:
+        """This plan and a growth of it, already checked, that is too large to hold as objects."""
+        before = self.segments.blocks if isinstance(self.segments, Segments) else (self.segments,)
+        return Plan(self.shard_frames, Segments((*(known for known in before if len(known)), block)))
+
     @cached_property
     def num_shards(self) -> int:
         """Shards that the frame axis needs."""
-        return self._round_up(max((segment.stop for segment in self.segments), default=0)) // self.shard_frames
+        return self._round_up(self.segments[-1].stop) // self.shard_frames if self.segments else 0
 
     @cached_property
     def num_frames(self) -> int:
@@ -132,27 +200,37 @@ class Plan:
 
     def tasks(self) -> tuple[Task, ...]:
         """All tasks in shard order. Every shard belongs to exactly one task, every segment too."""
-        return self._tasks
+        shards = np.unique(self._starts // self.shard_frames).tolist()
+        return tuple(self.task_of(first) for first in shards)
 
     def task_of(self, shard: int) -> Task:
-        """The task that owns this shard."""
-        return self._tasks[self._task_of_shard[shard]]
+        """The task that owns this shard. Raises KeyError when there is no such shard."""
+        segments = self._segments_in(shard)
+        first, size = segments[0].start // self.shard_frames, self.shard_frames
+        return Task(tuple(range(first, self._round_up(segments[-1].stop) // size)), segments)
+
+    def _segments_in(self, shard: int) -> tuple[Segment, ...]:
+        """Those of the shard; in the run of a long video that one."""
+        if not 0 <= shard < self.num_shards:
+            raise KeyError(shard)
+        size, starts = self.shard_frames, self._starts
+        begin, end = starts.searchsorted((shard * size, (shard + 1) * size)).tolist()
+        return tuple(self.segments[begin:end] if begin < end else self.segments[begin - 1 : begin])
 
     def parts(self, shard: int) -> tuple[Part, ...]:
         """The pieces of segments that lie in this shard, by slot."""
-        first_row = shard * self.shard_frames
+        first_row, size = shard * self.shard_frames, self.shard_frames
         pieces = []
-        for segment in self.task_of(shard).segments:
-            offset = max(0, first_row - segment.start)
-            slot = max(0, segment.start - first_row)
-            count = min(len(segment) - offset, self.shard_frames - slot)
-            pieces.append(Part(segment, shard, slot, offset, count))
+        for segment in self._segments_in(shard):
+            length, slot = len(segment.frame_index), segment.start - first_row
+            offset, slot = (0, slot) if slot >= 0 else (-slot, 0)
+            pieces.append(Part(segment, shard, slot, offset, min(length - offset, size - slot)))
         return tuple(pieces)
 
     def find(self, video_id: str, frame_index: Sequence[int] | npt.NDArray[np.integer]) -> Rows:
         """Rows of these frames in the given order; -1 where a frame is not planned."""
         wanted = as_frames(video_id, frame_index)
-        if video_id not in self._segments_of:
+        if not self.segments_of(video_id):
             return np.full(wanted.shape, -1, np.int64)
         if video_id not in self._lookup:
             self._lookup[video_id] = self._index(video_id)
@@ -164,7 +242,7 @@ class Plan:
         """Rows of these frames in the given order. Raises KeyError naming what is not planned."""
         found = self.find(video_id, frame_index)
         if (found < 0).any():
-            if video_id not in self._segments_of:
+            if not self.segments_of(video_id):
                 raise KeyError(f"video {video_id!r} is not planned")
             absent = as_frames(video_id, frame_index)[found < 0].tolist()
             raise KeyError(f"frames {shorten(absent)} of video {video_id!r} are not planned")
@@ -172,7 +250,7 @@ class Plan:
 
     def row(self, video_id: str, frame: int) -> int:
         """Row of one frame; -1 when it is not planned. The quick way for single frames."""
-        for segment in self._segments_of.get(video_id, ()):
+        for segment in self.segments_of(video_id):
             at = bisect_left(segment.frame_index, frame)
             if at < len(segment.frame_index) and segment.frame_index[at] == frame:
                 return segment.start + at
@@ -180,39 +258,31 @@ class Plan:
 
     def segments_of(self, video_id: str) -> tuple[Segment, ...]:
         """The segments of one video, oldest first; empty when it is not planned."""
-        return tuple(self._segments_of.get(video_id, ()))
+        known = self._segments_of.get(video_id)
+        if known is None:
+            known = self.segments.of(video_id) if isinstance(self.segments, Segments) else ()
+            if known:
+                self._segments_of[video_id] = known
+        return known
 
     @cached_property
-    def _segments_of(self) -> dict[str, list[Segment]]:
-        found: dict[str, list[Segment]] = {}
-        for segment in self.segments:
-            found.setdefault(segment.video_id, []).append(segment)
-        return found
+    def _segments_of(self) -> dict[str, tuple[Segment, ...]]:
+        return {} if isinstance(self.segments, Segments) else _by_id(self.segments)  # {}: filled on demand
+
+    @cached_property
+    def _starts(self) -> Rows:
+        return self.segments.starts if isinstance(self.segments, Segments) else _starts(self.segments)
 
     @cached_property
     def _lookup(self) -> dict[str, tuple[Rows, Rows]]:
         return {}  # filled on demand: most runs read few of the videos of a large store
 
     def _index(self, video_id: str) -> tuple[Rows, Rows]:
-        segments = self._segments_of[video_id]
+        segments = self.segments_of(video_id)
         frames = np.concatenate([np.asarray(segment.frame_index, np.int64) for segment in segments])
         rows = np.concatenate([np.arange(segment.start, segment.stop, dtype=np.int64) for segment in segments])
         order = np.argsort(frames)
         return frames[order], rows[order]
-
-    @cached_property
-    def _tasks(self) -> tuple[Task, ...]:
-        groups: dict[int, list[Segment]] = {}
-        for segment in self.segments:
-            groups.setdefault(segment.start // self.shard_frames, []).append(segment)
-        return tuple(
-            Task(tuple(range(first, self._round_up(segments[-1].stop) // self.shard_frames)), tuple(segments))
-            for first, segments in sorted(groups.items())
-        )
-
-    @cached_property
-    def _task_of_shard(self) -> dict[int, int]:
-        return {shard: number for number, task in enumerate(self._tasks) for shard in task.shards}
 
     def _round_up(self, row: int) -> int:
         return -(-row // self.shard_frames) * self.shard_frames
@@ -256,6 +326,10 @@ def _sorted_unique(video_id: str, frame_index: Sequence[int] | npt.NDArray[np.in
 
 def to_runs(frame_index: Sequence[int]) -> list[list[int]]:
     """Sorted frame indices as runs ``[first, step, count]``, the longest that fit from the left (step 1 for one)."""
+    if len(frame_index) > 1:  # mostly every n-th frame: one run
+        first, step, last = frame_index[0], frame_index[1] - frame_index[0], frame_index[-1]
+        if tuple(frame_index) == tuple(range(first, last + 1, step)):
+            return [[first, step, len(frame_index)]]
     runs: list[list[int]] = []
     for frame in frame_index:
         run = runs[-1] if runs else None
@@ -274,13 +348,15 @@ def from_runs(runs: object) -> tuple[int, ...]:
         raise ValueError("frames must be a list of runs [first, step, count]")
     frames: list[int] = []
     for run in runs:
-        if not isinstance(run, list) or len(run) != 3 or any(type(number) is not int for number in run):
+        if not isinstance(run, list) or [*map(type, run)] != [int, int, int]:
             raise ValueError("frames must be a list of runs [first, step, count] of integers")
         first, step, count = run
         if step < 1 or not 1 <= count <= MAX_SEGMENT_FRAMES - len(frames) or first <= (frames[-1] if frames else -1):
             raise ValueError(f"run {run} is not sorted, repeats a frame, or is too long")
         if first + step * (count - 1) > MAX_FRAME_INDEX:
             raise ValueError(f"run {run} goes beyond frame {MAX_FRAME_INDEX}")
+        if len(runs) == 1:
+            return tuple(range(first, first + step * count, step))
         frames.extend(range(first, first + step * count, step))
     return tuple(frames)
 

@@ -1,4 +1,4 @@
-"""The plan on disk: one JSON file per growth, each published whole and never changed."""
+"""The plan on disk: one JSON file per growth, each published whole and never changed; beside large ones columns."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import numpy.typing as npt
 from cache_schema import files
 from cache_schema.errors import CacheCorrupt
 from cache_schema.metadata import newer_format
-from cache_schema.objects import StorePath
+from cache_schema.objects import ObjectPath, StorePath
 from cache_schema.plan import Plan, apply_generation, generation_document
+from cache_schema.plan_columns import Columns, pack, unpack
 
 PLAN_VERSION = 1
+LARGE = 1 << 20  # bytes of JSON, some 15,000 videos: from here on columns are read many times as fast
 _GENERATION = re.compile(r"^\d{6}\.json$")
+_COLUMNS = re.compile(r"^\d{6}\.columns$")
 
 
 def is_generation(name: str) -> bool:
@@ -23,15 +26,21 @@ def is_generation(name: str) -> bool:
     return _GENERATION.match(name) is not None
 
 
+def is_columns(name: str) -> bool:
+    """Whether a file of the ``plan`` folder is a growth once more, as columns."""
+    return _COLUMNS.match(name) is not None
+
+
 class PlanFiles:
     """``plan/000000.json``, ``plan/000001.json``, …: what was read of them, and how the next one is added."""
 
     def __init__(self, store: StorePath, shard_frames: int) -> None:
         self.folder = store / "plan"
+        self._lacking: dict[int, tuple[Plan, Plan]] = {}  # generations that are large and were read as JSON: a to b
         self._read = (0, Plan.empty(shard_frames))  # generations read; one value, so that threads see both or neither
 
     def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "_read": (0, Plan.empty(self.known.shard_frames))}
+        return {"folder": self.folder, "_lacking": {}, "_read": (0, Plan.empty(self.known.shard_frames))}
 
     @property
     def known(self) -> Plan:
@@ -47,29 +56,45 @@ class PlanFiles:
         while True:
             file = self._file(generation)
             try:
-                document = files.read_json(file, files.MAX_PLAN_BYTES)
+                data = files.read_bytes(file, files.MAX_PLAN_BYTES)
             except (FileNotFoundError, NotADirectoryError):
                 return generation, plan
-            version = document.get("format_version")
-            if type(version) is int and version > PLAN_VERSION:
-                raise newer_format(file, version, PLAN_VERSION)
-            try:
-                if version != PLAN_VERSION:
-                    raise ValueError(f"format_version is {version!r}")
-                plan = apply_generation(plan, document)
-            except ValueError as error:
-                raise CacheCorrupt(f"{file} is damaged: {error}", file=file, kind="plan") from error
-            generation += 1
+            columns = self._read_columns(generation, plan, data) if len(data) >= LARGE else None
+            grown = _by_json(file, plan, data) if columns is None else plan.grown_by(columns)
+            if columns is None and len(data) >= LARGE:
+                self._lacking[generation] = (plan, grown)
+            generation, plan = generation + 1, grown
             self._read = (generation, plan)
+
+    def _read_columns(self, generation: int, plan: Plan, data: bytes) -> Columns | None:
+        try:
+            return unpack(files.read_bytes(self._columns(generation), files.MAX_PLAN_BYTES), plan, data)
+        except (OSError, CacheCorrupt):  # derived: it may be absent, and whatever is wrong with it, the JSON is there
+            return None
 
     def extend(self, wanted: Mapping[str, Sequence[int] | npt.NDArray[np.integer]]) -> Plan:
         """Add what is not planned yet. First writer wins; the loser derives its addition anew from what it finds."""
         generation, plan = self._refresh()
         while (grown := plan.extended(wanted)) is not plan:
-            document = {"format_version": PLAN_VERSION, **generation_document(plan, grown)}
-            files.publish_bytes(self._file(generation), files.canonical_json(document))
+            data = files.canonical_json({"format_version": PLAN_VERSION, **generation_document(plan, grown)})
+            ours = files.publish_bytes(self._file(generation), data)
+            if ours and len(data) >= LARGE:
+                self._write_columns(generation, plan, grown, data)
             generation, plan = self._refresh()
+            if ours:
+                break
+        for generation, (before, after) in self._lacking.items():
+            data = files.read_bytes(self._file(generation), files.MAX_PLAN_BYTES)
+            self._write_columns(generation, before, after, data)
+        self._lacking.clear()
         return plan
+
+    def _write_columns(self, generation: int, before: Plan, after: Plan, data: bytes) -> None:
+        columns, file = pack(before, after.segments[len(before.segments) :], data), self._columns(generation)
+        if isinstance(file, ObjectPath):
+            file.write(columns)
+        else:
+            files.replace_bytes(file, columns)
 
     def check_complete(self) -> None:
         """Raise CacheCorrupt when a generation is missing below one that exists."""
@@ -82,3 +107,19 @@ class PlanFiles:
 
     def _file(self, generation: int) -> StorePath:
         return self.folder / f"{generation:06d}.json"
+
+    def _columns(self, generation: int) -> StorePath:
+        return self.folder / f"{generation:06d}.columns"
+
+
+def _by_json(file: StorePath, plan: Plan, data: bytes) -> Plan:
+    try:
+        document = files.parse_json(data)
+        version = document.get("format_version")
+        if type(version) is not int or version <= PLAN_VERSION:
+            if version != PLAN_VERSION:
+                raise ValueError(f"format_version is {version!r}")
+            return apply_generation(plan, document)
+    except ValueError as error:
+        raise CacheCorrupt(f"{file} is damaged: {error}", file=file, kind="plan") from error
+    raise newer_format(file, version, PLAN_VERSION)

@@ -109,7 +109,10 @@ def calibrate(frames: Array) -> ChannelScale:
         ValueError: fewer than 16 frames, or a number that is not finite.
     """
     if len(frames) < MIN_FRAMES or not np.isfinite(frames).all():
-        raise ValueError(f"a calibration needs {MIN_FRAMES} or more frames of finite features, not {len(frames)}")
+        raise ValueError(
+            f"a calibration of int8 needs {MIN_FRAMES} or more frames of finite features, not {len(frames)}.\n"
+            "Store float16:  --set clip.dtype=float16"
+        )
     held_out = np.arange(len(frames)) % HELD_OUT == HELD_OUT - 1
     seen = frames[~held_out].reshape(-1, frames.shape[-1])
     std = np.array([seen[:, channel].std(dtype=np.float64) for channel in range(seen.shape[1])])

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ MAX_REASON = 2000  # characters of a stored reason
 USUAL_FOOTER = 128 * 1024  # what is asked of an object store at first; a larger footer takes one more request
 
 Identity = tuple[Any, ...]  # of one version of a file: inode, size, mtime_ns; of an object: entity tag, size
+Entry = tuple[dict[str, Any], tuple[int, ...], list[int]]  # of a footer, with its frame indices and checksums
 ReadAt = Callable[[int, int], bytes]  # (count, offset)
 
 Array = npt.NDArray[Any]
@@ -47,43 +48,48 @@ class Layout:
 
     info: ArrayInfo
 
-    @property
+    @functools.cached_property
+    def spec_digest(self) -> str:
+        """Of what made the numbers; every shard's footer repeats it."""
+        return self.info.spec.digest()
+
+    @functools.cached_property
     def frame_bytes(self) -> int:
         """Bytes of one frame."""
         return self.info.spec.frame_bytes
 
-    @property
+    @functools.cached_property
     def stride(self) -> int:
         """Bytes from one slot to the next."""
         unit = 4096 if self.frame_bytes >= LARGE_FRAME else 64
         return -(-self.frame_bytes // unit) * unit
 
-    @property
+    @functools.cached_property
     def index_bytes(self) -> int:
         """Size of Zarr's shard index with its checksum."""
         return 16 * self.info.shard_frames + 4
 
-    @property
+    @functools.cached_property
     def has_stats(self) -> bool:
         """Whether footers carry mean and M2 of every element: only where a frame is small."""
         return self.frame_bytes <= LARGE_FRAME and not self.is_int8
 
-    @property
+    @functools.cached_property
     def dtype(self) -> np.dtype[Any]:
         """Of features, little-endian."""
         return np.dtype(self.info.spec.feature_dtype).newbyteorder("<")
 
-    @property
+    @functools.cached_property
     def is_int8(self) -> bool:
         """Whether frames are stored as int8 with two-level scales (cache_schema.quantize)."""
         return self.info.channel_scale is not None
 
-    @property
+    @functools.cached_property
     def row_dtype(self) -> np.dtype[Any]:
         """Of the elements of a stored frame: the features themselves, or bytes."""
         return np.dtype(np.uint8) if self.is_int8 else self.dtype
 
-    @property
+    @functools.cached_property
     def row_shape(self) -> tuple[int, ...]:
         """Of a stored frame."""
         return (self.frame_bytes,) if self.is_int8 else self.info.spec.frame_shape
@@ -121,22 +127,31 @@ class Record:
         }
 
     @classmethod
-    def from_json(cls, entry: object) -> Record:
-        """Inverse of ``to_json`` for bytes that may be anything. Raises ValueError naming the field."""
-        if not isinstance(entry, dict):
-            raise ValueError("a segment is not an object")
-        kinds = {"video": str, "slot": int, "status": str, "kind": str, "reason": str, "crc32c": list, "facts": dict}
-        for name, kind in kinds.items():
-            if type(entry.get(name)) is not kind:
-                raise ValueError(f"segments.{name} is not of type {kind.__name__}")
-        frames, ok, crcs = from_runs(entry.get("frames")), entry["status"] == "ok", entry["crc32c"]
-        if entry["status"] not in ("ok", "failed"):
-            raise ValueError(f"segments.status is {entry['status']!r}")
-        if len(crcs) != (len(frames) if ok else 0) or any(type(c) is not int or not 0 <= c < 1 << 32 for c in crcs):
-            raise ValueError("segments.crc32c does not hold one checksum per frame")
-        return cls(
-            entry["video"], entry["slot"], frames, ok, entry["kind"], entry["reason"], tuple(crcs), entry["facts"]
-        )
+    def of(cls, entry: Mapping[str, Any], frames: tuple[int, ...], crcs: Sequence[int]) -> Record:
+        """Inverse of ``to_json``, from what ``checked_entry`` gives."""
+        video, slot, status, kind, reason, _, facts = map(entry.__getitem__, ENTRY)
+        return cls(video, slot, frames, status == "ok", kind, reason, tuple(crcs), facts)
+
+
+ENTRY = {"video": str, "slot": int, "status": str, "kind": str, "reason": str, "crc32c": list, "facts": dict}
+
+
+def checked_entry(entry: object) -> Entry:
+    """One entry of a footer's ``segments``, its frame indices and its checksums. Raises ValueError naming the field."""
+    # A scan of 10,000 shards comes by here 100,000 times, with ten million checksums: so no loop over them.
+    if not isinstance(entry, dict):
+        raise ValueError("a segment is not an object")
+    if [*map(type, map(entry.get, ENTRY))] != [*ENTRY.values()]:
+        name = next(name for name, kind in ENTRY.items() if type(entry.get(name)) is not kind)
+        raise ValueError(f"segments.{name} is not of type {ENTRY[name].__name__}")
+    frames, status, crcs = from_runs(entry.get("frames")), entry["status"], entry["crc32c"]
+    if status not in ("ok", "failed"):
+        raise ValueError(f"segments.status is {status!r}")
+    if len(crcs) != (len(frames) if status == "ok" else 0) or not {*map(type, crcs)} <= {int}:
+        raise ValueError("segments.crc32c does not hold one checksum per frame")
+    if crcs and not 0 <= min(crcs) <= max(crcs) < 1 << 32:
+        raise ValueError("segments.crc32c does not hold one checksum per frame")
+    return entry, frames, crcs
 
 
 class ShardWriter:
@@ -205,7 +220,7 @@ class ShardWriter:
         size = data_bytes + len(footer) + TRAILER.size + self.layout.index_bytes
         head = TRAILER.pack(MAGIC, self.layout.format_version, len(footer), size, 0)[:-4]
         crc = struct.pack("<I", crc32c(head, crc32c(footer)))
-        index = shard_index(self.layout, self._records)
+        index = shard_index(self.layout, present_slots(self.layout, self._records))
         os.ftruncate(descriptor, data_bytes)
         files.pwrite(descriptor, memoryview(footer + head + crc + index), data_bytes)
         os.fsync(descriptor)
@@ -251,23 +266,37 @@ def used_slots(records: Sequence[Record]) -> int:
     return max((record.slot + len(record.frame_index) for record in records if record.ok), default=0)
 
 
-def shard_index(layout: Layout, records: Sequence[Record]) -> bytes:
-    """Zarr's shard index for these records, with its checksum."""
-    index = np.full((layout.info.shard_frames, 2), EMPTY, "<u8")
-    for record in records:
-        if record.ok:
-            slots = np.arange(record.slot, record.slot + len(record.frame_index), dtype=np.uint64)
-            index[slots, 0] = slots * np.uint64(layout.stride)
-            index[slots, 1] = layout.frame_bytes
+def shard_index(layout: Layout, present: npt.NDArray[np.bool_]) -> bytes:
+    """Zarr's shard index for these slots [S] that hold a frame, with its checksum."""
+    index = _full_index(present.size, layout.stride, layout.frame_bytes).copy()
+    index[~present] = EMPTY
     raw = index.tobytes()
     return raw + struct.pack("<I", crc32c(raw))
+
+
+def present_slots(layout: Layout, records: Sequence[Record]) -> npt.NDArray[np.bool_]:
+    """Which slots [S] hold a frame of these records."""
+    present = np.zeros(layout.info.shard_frames, np.bool_)
+    for record in records:
+        if record.ok:
+            present[record.slot : record.slot + len(record.frame_index)] = True
+    return present
+
+
+@functools.lru_cache(maxsize=8)
+def _full_index(size: int, stride: int, frame_bytes: int) -> npt.NDArray[np.uint64]:
+    """Offset and bytes [S, 2] of every slot, as if all held a frame."""
+    index = np.full((size, 2), frame_bytes, "<u8")
+    index[:, 0] = np.arange(size, dtype=np.uint64) * np.uint64(stride)
+    index.flags.writeable = False
+    return index
 
 
 def _identity(layout: Layout, shard: int) -> dict[str, object]:
     identity: dict[str, object] = {
         "format_version": layout.format_version,
         "modality": layout.info.modality,
-        "spec_digest": layout.info.spec.digest(),
+        "spec_digest": layout.spec_digest,
         "shard": shard,
         "shard_frames": layout.info.shard_frames,
         "frame_bytes": layout.frame_bytes,
@@ -338,35 +367,31 @@ def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | Non
     file = layout.info.shard_file(shard)
     files.refuse_links(file, layout.info.store)
     try:
-        with _opened(layout.info.shard_file(shard), layout) as (file, read, identity):
+        with _opened(file, layout) as (file, read, identity):
             document, index = _read_footer(file, layout, read, identity[1])
     except (FileNotFoundError, NotADirectoryError):
         return None
     _check_identity(file, layout, shard, document)
-    records = _records(file, document)
-    if document.get("data_bytes") != used_slots(records) * layout.stride:
-        raise CacheCorrupt.of_shard(file, "has a damaged footer: segments do not fit data_bytes", kind="footer")
-    expected = [(part.segment.video_id, part.slot, part.frame_index) for part in parts]
-    if [(record.video_id, record.slot, record.frame_index) for record in records] != expected:
-        raise CacheCorrupt.of_shard(file, "holds other videos than the plan has for it", kind="wrong_videos")
-    if index != shard_index(layout, records):
-        raise CacheCorrupt.of_shard(file, "has an index that is damaged or contradicts its footer", kind="index")
-    return _slim(file, identity, layout, records, parts)
-
-
-def _slim(
-    file: StorePath, identity: Identity, layout: Layout, records: Sequence[Record], parts: Sequence[Part]
-) -> Shard:
-    present = np.zeros(layout.info.shard_frames, np.bool_)
-    crcs = np.zeros(layout.info.shard_frames, np.uint32)
-    kept = []
-    for record, part in zip(records, parts, strict=True):
-        if record.ok:
-            present[part.slot : part.slot + part.count] = True
-            crcs[part.slot : part.slot + part.count] = record.crc32c
+    entries = _entries(file, document)
+    records = []
+    present, crcs = np.zeros(layout.info.shard_frames, np.bool_), np.zeros(layout.info.shard_frames, np.uint32)
+    for (entry, frames, sums), part in zip(entries, parts, strict=False):
+        video, slot, status, kind, reason, *_ = map(entry.__getitem__, ENTRY)
+        if (video, slot, frames) != (part.segment.video_id, part.slot, part.frame_index):
+            break
+        if status == "ok":
+            present[slot : slot + part.count] = True
+            crcs[slot : slot + part.count] = sums
         # The plan's tuple of frame indices is shared, not held twice.
-        kept.append(replace(record, frame_index=part.frame_index, crc32c=(), facts={}))
-    return Shard(file, identity, tuple(kept), present, crcs)
+        records.append(Record(video, slot, part.frame_index, status == "ok", kind, reason))
+    used = max((entry["slot"] + len(frames) for entry, frames, _ in entries if entry["status"] == "ok"), default=0)
+    if document.get("data_bytes") != used * layout.stride:
+        raise CacheCorrupt.of_shard(file, "has a damaged footer: segments do not fit data_bytes", kind="footer")
+    if len(records) != len(parts) or len(entries) != len(parts):
+        raise CacheCorrupt.of_shard(file, "holds other videos than the plan has for it", kind="wrong_videos")
+    if index != shard_index(layout, present):
+        raise CacheCorrupt.of_shard(file, "has an index that is damaged or contradicts its footer", kind="index")
+    return Shard(file, identity, tuple(records), present, crcs)
 
 
 def read_footer(layout: Layout, file: StorePath) -> dict[str, object]:
@@ -381,11 +406,15 @@ def read_records(layout: Layout, file: StorePath) -> tuple[Record, ...]:
 
 
 def _records(file: StorePath, document: Mapping[str, object]) -> tuple[Record, ...]:
+    return tuple(Record.of(*entry) for entry in _entries(file, document))
+
+
+def _entries(file: StorePath, document: Mapping[str, object]) -> list[Entry]:
     entries = document.get("segments")
     try:
         if not isinstance(entries, list):
             raise ValueError("segments is not a list")
-        return tuple(Record.from_json(entry) for entry in entries)
+        return [checked_entry(entry) for entry in entries]
     except ValueError as error:
         raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
 

@@ -45,7 +45,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 FrameIndex = Sequence[int] | npt.NDArray[np.integer]
-MAX_OPEN_SHARDS = 128  # each holds a map and two descriptors; 1024 descriptors are a usual limit
+MAX_OPEN_SHARDS = 128  # each holds a map and three descriptors; 1024 descriptors are a usual limit
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -227,13 +227,12 @@ class FeatureStore:
         With ``retry_failed`` also the committed ones that hold a failed video, and all have ``retry`` set.
         Raises CacheCorrupt when a shard is there but damaged: it is never taken for missing.
         """
-        found, plan = [], self.plan
-        there = self.shards(range(plan.num_shards))
-        for task in plan.tasks():
-            shards = [there[number] for number in task.shards]
-            if any(shard is None or (retry_failed and shard.failed) for shard in shards):
-                found.append(replace(task, retry=retry_failed))
-        return found
+        plan, found = self.plan, dict[int, Task]()
+        for number, shard in self.shards(range(plan.num_shards)).items():
+            if shard is None or (retry_failed and shard.failed):
+                task = plan.task_of(number)
+                found[task.shards[0]] = replace(task, retry=retry_failed)
+        return list(found.values())
 
     def status(self) -> dict[str, VideoStatus]:
         """Video -> ok or failed with its reason, for every video with a committed segment, in plan order.
@@ -294,7 +293,6 @@ class FeatureStore:
 
     # --- numbers out
 
-    @_with_help
     def read(self, video_id: str, frame_index: FrameIndex, out: Array | None = None, *, verify: bool = False) -> Array:
         """Features [n, *frame_shape] of these frames, in this order; repeats are allowed.
 
@@ -317,15 +315,18 @@ class FeatureStore:
         scale.dequantize(self.read_stored(video_id, frame_index, verify=verify), features)
         return features
 
-    @_with_help
     def read_stored(
         self, video_id: str, frame_index: FrameIndex, out: Array | None = None, *, verify: bool = False
     ) -> Array:
         """``read`` without dequantising: rows uint8 [n, frame_bytes] of an int8 store (``quantize.split`` gives scales
         and numbers, ``layout.info.channel_scale`` the rest), the features themselves of any other."""
-        out = self._output(out, len(frame_index))
-        if len(frame_index) == 1 and not verify and self._read_one(video_id, frame_index[0], out):
+        if len(frame_index) == 1 and out is not None and not verify and self._read_one(video_id, frame_index[0], out):
             return out
+        return self._read_any(video_id, frame_index, out, verify)
+
+    @_with_help
+    def _read_any(self, video_id: str, frame_index: FrameIndex, out: Array | None, verify: bool) -> Array:
+        out = self._output(out, len(frame_index))
         if isinstance(self.path, ObjectPath):
             self._read_objects(video_id, frame_index, out)
             return out
@@ -363,6 +364,8 @@ class FeatureStore:
         Copying a frame takes 30 µs; the general way takes as long to find it.
         """
         if not isinstance(frame, (int, np.integer)) or self.io not in ("auto", "mmap"):
+            return False
+        if not reading.fits(self.layout, out, 1):
             return False
         number, slot = divmod(self._plan_files.known.row(video_id, int(frame)), self.shard_frames)
         opened = self._opened.get(number)  # a row of -1 is in no shard

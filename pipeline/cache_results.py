@@ -101,8 +101,9 @@ def show_inspect(result: Result) -> None:
 
 def show_export(result: Result) -> None:
     """What was written, and what could not be."""
+    pieces = "tars" if result["format"] == "webdataset" else "shards"
     say(
         f"{result['videos']} videos, {result['frames']:,} frames of {', '.join(result['modalities'])} in "
-        f"{result['files']} tars ({size(result['bytes'])}) in {result['out']}"
+        f"{result['files']} {pieces} ({size(result['bytes'])}) in {result['out']}"
     )
     say_all([f"left out: {skipped['video']}: {skipped['reason']}" for skipped in result["skipped"]])

@@ -178,8 +178,11 @@ def export(
     sets: SetOption = None,
     cache: options.Cache = None,
     form: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="webdataset: tars of npz and json.")
+        str, typer.Option("--format", metavar="NAME", help="webdataset: tars of npz and json; or plain.")
     ] = "webdataset",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="--format plain: a Zarr that needs no codec of ours, int8 as float16.")
+    ] = False,
     modality: Annotated[
         list[str] | None, typer.Option("--modality", metavar="NAME", help="Only this one; repeatable. [default: all]")
     ] = None,
@@ -190,6 +193,7 @@ def export(
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
 
+        form = "plain" if plain else form
         result = cache_tools.export(_options(preset, sets, cache), out, form=form, modalities=modality or [])
         tell(result, cache_results.show_export, as_json=as_json)
         if result["skipped"]:

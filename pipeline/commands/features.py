@@ -22,6 +22,7 @@ WHICH: dict[str, Literal["both", "clip", "teacher"]] = {
     "extract-clip": "clip",
     "extract-teacher": "teacher",
 }
+DTYPE = {"extract": "clip.dtype", "extract-clip": "clip.dtype", "extract-teacher": "teacher.dtype"}  # --dtype
 
 
 def extract(
@@ -37,6 +38,10 @@ def extract(
     split: Annotated[
         list[str] | None, typer.Option("--split", metavar="NAME", help="Only this split; repeatable. [default: all]")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="NAME", help="Store float16, float32 or, for tokens, int8. [default: by preset]"),
+    ] = None,
     workers: Annotated[
         int, typer.Option("--workers", min=0, metavar="N", help="Dask worker processes; 0 works in this process.")
     ] = 0,
@@ -49,7 +54,8 @@ def extract(
     """All three commands; their names say which features."""
     with guard(debug=debug, as_json=as_json):
         command = context.info_name or ""
-        config = config_of(preset, sets)
+        stored = [] if dtype is None else [f"{DTYPE[command]}={dtype}"]
+        config = config_of(preset, [*(sets or []), *stored])
         place = place_of(cache, config, cache_local, cache_local_budget)
         compose = load_compose(dry_run=dry_run)
         with Progress() as progress:

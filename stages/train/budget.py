@@ -66,7 +66,8 @@ def step_bytes(student: Student, shape: Shape, *, questions: int, windows: int) 
     working = rows * 2 * cfg.hidden_size * (shape.num_frames + merges + 3 * steps + 4 * slots)
     # New gradients of a layer lie beside the sums that they are added to.
     layer_gradients = sum(p.numel() for p in student.qformer.layers[0].parameters())
-    return FLOAT * (questions * question + windows * window + working + layer_gradients)
+    total: int = FLOAT * (questions * question + windows * window + working + layer_gradients)
+    return total
 
 
 @dataclass(frozen=True)

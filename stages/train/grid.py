@@ -7,10 +7,11 @@ its weights after any step are bit-equal to those of ``loop.train`` alone (on CP
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.config import TrainConfig
-from stages.data.samples import Batch, CachedSamples
+from stages.data.samples import Batch, CachedSamples, Request
 from stages.train import diagnostics
 from stages.train.loop import (
+    STEPS_AHEAD,
+    Cuts,
     Log,
     Save,
     Schedule,
@@ -91,19 +94,30 @@ def train_together(
         running.remove(entrant)
         drop(entrant.name, why)
 
-    for step in range(min((entrant.first_step for entrant in entrants), default=0), end):
-        active = [e for e in running if e.first_step <= step < schedules[e.name].total_steps]
-        if active:
-            _step(active, data, step, schedules, leave)
-        for entrant in [e for e in active if e in running]:
-            try:
-                last[entrant.name] = _end_step(entrant, data, step, schedules[entrant.name])
-            except (MemoryError, RuntimeError) as error:
-                why = why_dropped(error, step)
-                if why is None:
-                    raise
-                leave(entrant, why)
-        progress(step + 1, end, f"{len(running)} students")
+    first_step = min((entrant.first_step for entrant in entrants), default=0)
+    order = _Order(running, data, schedules, first_step, end)
+    try:
+        for step in range(first_step, end):
+            if order.names != [entrant.name for entrant in running]:  # one has left: others may read otherwise now
+                order.close()
+                order = _Order(running, data, schedules, step, end)
+            active = [e for e in running if e.first_step <= step < schedules[e.name].total_steps]
+            for entrant in active:
+                entrant.logged = {}
+                entrant.trainer.begin(schedules[entrant.name].lr(step))
+            for cuts, members in order.groups(step):
+                _turns(list(members), data, step, cuts, order.batches, leave)
+            for entrant in [e for e in active if e in running]:
+                try:
+                    last[entrant.name] = _end_step(entrant, data, step, schedules[entrant.name])
+                except (MemoryError, RuntimeError) as error:
+                    why = why_dropped(error, step)
+                    if why is None:
+                        raise
+                    leave(entrant, why)
+            progress(step + 1, end, f"{len(running)} students")
+    finally:
+        order.close()
     seconds = time.monotonic() - started
     return {name: {"steps": schedules[name].total_steps, "seconds": seconds, **facts} for name, facts in last.items()}
 
@@ -116,30 +130,48 @@ def refuse_other_batches(configs: Sequence[TrainConfig]) -> None:
             raise ValueError(f"one pass reads one order of batches, but train.{key} is {sorted(values)}")
 
 
-def _step(
-    active: Sequence[Entrant],
-    data: CachedSamples,
-    step: int,
-    schedules: dict[str, Schedule],
-    leave: Callable[[Entrant, Dropped], None],
-) -> None:
-    """One optimiser step of every active student."""
-    shared: dict[str, list[Entrant]] = {}
-    for entrant in active:
-        entrant.logged = {}
-        entrant.trainer.begin(schedules[entrant.name].lr(step))
-        cuts = entrant.trainer.cuts(data, step, schedules[entrant.name])
-        # Under train.memory a smaller student takes larger micro-batches; those of one size share what is read.
-        shared.setdefault(repr([len(positions) for positions, _ in cuts]), []).append(entrant)
-    for members in shared.values():
-        _turns(members, data, step, members[0].trainer.cuts(data, step, schedules[members[0].name]), leave)
+class _Order:
+    """What a pass of these students reads from a step on, read ahead. ``close`` it."""
+
+    def __init__(
+        self,
+        entrants: Sequence[Entrant],
+        data: CachedSamples,
+        schedules: dict[str, Schedule],
+        first_step: int,
+        end: int,
+    ) -> None:
+        members = list(entrants)
+        self.names = [entrant.name for entrant in members]
+        self.groups = functools.lru_cache(STEPS_AHEAD)(lambda step: _groups(members, data, step, schedules))
+        cuts = (cut for step in range(first_step, end) for cuts, _ in self.groups(step) for cut in cuts)
+        self.batches = data.batches(Request(*cut) for cut in cuts)
+
+    def close(self) -> None:
+        """End the threads that read."""
+        self.batches.close()
+
+
+def _groups(
+    entrants: Sequence[Entrant], data: CachedSamples, step: int, schedules: dict[str, Schedule]
+) -> list[tuple[Cuts, list[Entrant]]]:
+    """The students at work in a step, by the micro-batches that they read."""
+    groups: dict[str, tuple[Cuts, list[Entrant]]] = {}
+    for entrant in entrants:
+        schedule = schedules[entrant.name]
+        if entrant.first_step <= step < schedule.total_steps:
+            cuts = entrant.trainer.cuts(data, step, schedule)
+            # Under train.memory a smaller student takes larger micro-batches; those of one size share what is read.
+            groups.setdefault(repr([len(positions) for positions, _ in cuts]), (cuts, []))[1].append(entrant)
+    return list(groups.values())
 
 
 def _turns(
     members: list[Entrant],
     data: CachedSamples,
     step: int,
-    cuts: Sequence[tuple[list[int], list[int]]],
+    cuts: Cuts,
+    batches: Iterator[Batch],
     leave: Callable[[Entrant, Dropped], None],
 ) -> None:
     """One optimiser step of students that take micro-batches of one size."""
@@ -147,8 +179,8 @@ def _turns(
     answers = [data.samples[i].answer for positions, _ in cuts for i in positions]
     answer_tokens = first.decoder.count_answer_tokens(answers)
     starts = list(itertools.accumulate((len(positions) for positions, _ in cuts), initial=0))
-    for part, cut in enumerate(cuts):
-        batch = _on_device(data.batch(*cut), first.student.query_tokens.device)
+    for part, read in enumerate(itertools.islice(batches, len(cuts))):
+        batch = _on_device(read, first.student.query_tokens.device)
         for entrant in list(members):
             failed = _take_turn(
                 entrant,

@@ -8,6 +8,7 @@ that was stopped after any step continues bit for bit (on CPU), and runs may tak
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -29,6 +30,8 @@ from stages.types import Decoder
 
 Log = Callable[[dict[str, Any]], None]
 Save = Callable[[int, dict[str, Tensor], dict[str, Any]], None]
+Cuts = list[tuple[list[int], list[int]]]  # sample positions and frame draws of every micro-batch of a step
+STEPS_AHEAD = 16  # whose cuts are remembered: reading is a few micro-batches before learning
 
 
 class TrainingDiverged(ValueError):
@@ -244,7 +247,7 @@ class Trainer:
         tokens, width = data.tokens.spec.frame_shape
         return budget.Shape(longest, wanted, tokens, width, text)
 
-    def cuts(self, data: CachedSamples, step: int, schedule: Schedule) -> list[tuple[list[int], list[int]]]:
+    def cuts(self, data: CachedSamples, step: int, schedule: Schedule) -> Cuts:
         """What a step reads: sample positions and frame draws of every micro-batch."""
         window_of = data.window_of() if self.cfg.group_windows else None
         positions, draws = batch_positions(self.cfg, schedule, len(data), step, window_of)
@@ -254,14 +257,15 @@ class Trainer:
         return [(positions[part], draws[part]) for part in micro_batches(windows, self._room[1])]
 
     def step(
-        self, data: CachedSamples, step: int, schedule: Schedule, batches: Iterator[Batch] | None = None
+        self, data: CachedSamples, step: int, schedule: Schedule, ahead: tuple[Cuts, Iterator[Batch]] | None = None
     ) -> dict[str, float]:
         """One optimiser step; returns what is logged: losses, gradient norm, learning rate.
 
-        ``batches`` gives the micro-batches of this step, and of the following ones, where they are read ahead.
+        ``ahead``: the cuts of this step, and the micro-batches of it and of the following ones, where they are read
+        ahead.
         """
-        cuts = self.cuts(data, step, schedule)
-        batches = batches or (data.batch(*cut) for cut in cuts)
+        cuts = ahead[0] if ahead else self.cuts(data, step, schedule)
+        batches = ahead[1] if ahead else (data.batch(*cut) for cut in cuts)
         answers = [data.samples[i].answer for positions, _ in cuts for i in positions]
         answer_tokens = self.decoder.count_answer_tokens(answers)
         totals: dict[str, float] = {}
@@ -362,10 +366,11 @@ def train(
     started, last = time.monotonic(), {}
     steps = range(first_step, schedule.total_steps)
     # The order is a function of (seed, epoch): the next batches are read while this one is learnt from.
-    batches = data.batches(Request(*cut) for step in steps for cut in trainer.cuts(data, step, schedule))
+    cuts = functools.lru_cache(STEPS_AHEAD)(lambda step: trainer.cuts(data, step, schedule))
+    batches = data.batches(Request(*cut) for step in steps for cut in cuts(step))
     with contextlib.closing(batches):
         for step in steps:
-            last = trainer.step(data, step, schedule, batches)
+            last = trainer.step(data, step, schedule, (cuts(step), batches))
             done = step + 1
             epoch_ends = done % schedule.steps_per_epoch == 0 or done == schedule.total_steps
             record: dict[str, Any] = {"step": done, "epoch": step // schedule.steps_per_epoch, **last}

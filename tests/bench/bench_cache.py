@@ -1,6 +1,6 @@
 """How near the cache is to memory: every row against a floor in the same process, interleaved, medians.
 
-    python -m tests.bench.bench_cache --json [--dir FOLDER] [--rows warm,ring,write,int8,cold] [--rounds 25]
+    python -m tests.bench.bench_cache --json [--dir FOLDER] [--rows warm,ring,…] [--rounds 25]
 
 The last line is one JSON object; 1.0 means as fast as the floor of the row. A video is 100 × 257 × 1408 float16.
 Folder: real disk for the cold and the write row; it needs 3 GB and is left empty.
@@ -25,7 +25,20 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from cache_schema import ChannelScale, FeatureSpec, FeatureStore, Segment, SegmentResult, calibrate, reading
+from cache_schema import (
+    ChannelScale,
+    FeatureSpec,
+    FeatureStore,
+    Segment,
+    SegmentResult,
+    calibrate,
+    files,
+    reading,
+    verify,
+)
+from cache_schema.plan import Plan, generation_document
+from cache_schema.plan_columns import pack
+from cache_schema.shard import ShardWriter
 from tests.bench.measure import Comparison, compare
 
 VIDEOS, FRAMES, SHAPE = 8, 100, (257, 1408)
@@ -254,10 +267,9 @@ def cold(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
 
     def ours(number: int, step: int, io: reading.Io) -> None:
         store = FeatureStore.open(folder / "store", "tokens", io=io)
-        buffer = buffers.setdefault(step, store.buffer(FRAMES // step))
-        store.read(f"v{number % VIDEOS}", np.arange(0, FRAMES, step), out=buffer)
+        store.read(f"v{number % VIDEOS}", np.arange(0, FRAMES, step), out=buffer[: FRAMES // step])
 
-    buffers: dict[int, Array] = {}
+    buffer = FeatureStore.open(folder / "store", "tokens").buffer(FRAMES)
     drop()
     ours(0, 1, "auto")  # the probe of this disk
     for name, step, floor in (("cold_strided", 5, "memmap"), ("cold_whole", 1, "pread")):
@@ -267,7 +279,108 @@ def cold(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
         yield name, compare(ways, floor=floor, rounds=rounds, before=drop)
 
 
-ROWS = {"warm": warm, "ring": ring, "write": write, "int8": int8, "cold": cold}
+def open_million(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
+    """Open a store of a million videos and find a frame in it, against reading the same bytes of its plan."""
+    path, frames, count = folder / "million", tuple(range(FRAMES)), 1_000_000
+    store = FeatureStore.create(path, "tokens", SPEC)
+    per_shard = store.shard_frames // FRAMES
+    starts = (n // per_shard * store.shard_frames + n % per_shard * FRAMES for n in range(count))
+    plan = Plan(store.shard_frames, tuple(Segment(f"v{n:07}", frames, start) for n, start in enumerate(starts)))
+    before = Plan.empty(store.shard_frames)
+    document = files.canonical_json({"format_version": 1, **generation_document(before, plan)})
+    # What extend_plan writes, without the minute that it takes to derive.
+    (path / "plan" / "000000.json").write_bytes(document)
+    (path / "plan" / "000000.columns").write_bytes(pack(before, plan.segments, document))
+    wanted = plan.find("v0777777", [42])
+    del plan, document
+
+    def floor(_: int) -> None:
+        for name in ("000000.json", "000000.columns"):
+            (path / "plan" / name).read_bytes()
+
+    def ours(_: int) -> None:
+        opened = FeatureStore.open(path, "tokens")
+        assert opened.plan.num_shards == count // per_shard
+        assert opened.plan.find("v0777777", [42]) == wanted
+
+    found = compare({"read the bytes": floor, "ours": ours}, floor="read the bytes", rounds=min(rounds, 7))
+    print(f"open_million: {found.timings['ours'].cpu:.3f} processor seconds", file=sys.stderr)
+    yield "open_million", found
+    shutil.rmtree(path)
+
+
+def scan_10k(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
+    """What is still to do in a store of 10,000 committed shards of ten videos each: the start of a resumed extraction.
+
+    The floor looks at the same files (open, fstat, read of the tail) and checks nothing.
+    """
+    path, shards, videos, per_video = folder / "scan", 10_000, 10, 100
+    spec = dataclasses.replace(SPEC, frame_shape=(1, 2))
+    store = FeatureStore.create(path, "tokens", spec, shard_frames=videos * per_video)
+    store.extend_plan({f"v{number:06}": range(per_video) for number in range(shards * videos)})
+    numbers, facts = np.zeros((per_video, 1, 2), np.float16), {"size": 1, "sha256": "0" * 64}
+    flush, os.fsync = os.fsync, lambda _: None  # the making of the store is not what is measured
+    try:
+        for number in range(shards):
+            writer, final = ShardWriter(store.layout, number), store.layout.info.shard_file(number)
+            for part in store.plan.parts(number):
+                writer.begin(part)
+                writer.append(numbers)
+                writer.end(facts)
+            writer.finish()
+            os.makedirs(os.path.dirname(final))
+            os.rename(writer.partial, str(final))
+            writer.discard()
+    finally:
+        os.fsync = flush
+    files_there = [store.layout.info.shard_file(number) for number in range(shards)]
+    tail = store.layout.index_bytes + (32 << 10)
+
+    def floor(_: int) -> None:
+        for file in files_there:
+            descriptor = os.open(file, os.O_RDONLY)
+            size = os.fstat(descriptor).st_size
+            os.pread(descriptor, tail, max(0, size - tail))
+            os.close(descriptor)
+
+    def ours(_: int) -> None:
+        assert FeatureStore.open(path, "tokens").pending() == []
+
+    found = compare({"look at the files": floor, "ours": ours}, floor="look at the files", rounds=min(rounds, 5))
+    print(f"scan_10k: {found.timings['ours'].cpu:.3f} processor seconds", file=sys.stderr)
+    yield "scan_10k", found
+    shutil.rmtree(path)
+
+
+def verified(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
+    """``verify.full`` of the store, from the page cache, against one copy of the same frames into a reused buffer."""
+    store, plain = FeatureStore.open(folder / "store", "tokens"), memmap(folder / "plain")
+    out = store.buffer(1)
+
+    def floor(_: int) -> None:
+        for frame in plain:
+            np.copyto(out[0], frame)
+
+    def ours(_: int) -> None:
+        assert verify.full(FeatureStore.open(folder / "store", "tokens")) == []
+
+    found = compare({"memcpy": floor, "ours": ours}, floor="memcpy", rounds=min(rounds, 9))
+    size = VIDEOS * FRAMES * FRAME_BYTES / 1e9
+    for way, timing in found.timings.items():
+        print(f"verify: {way} {size / timing.cpu:.2f} GB per processor second", file=sys.stderr)
+    yield "verify", found
+
+
+ROWS = {
+    "verify": verified,
+    "warm": warm,
+    "ring": ring,
+    "write": write,
+    "int8": int8,
+    "cold": cold,
+    "open_million": open_million,
+    "scan_10k": scan_10k,
+}
 
 
 def main() -> None:
@@ -280,10 +393,12 @@ def main() -> None:
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench_cache_", dir=given.dir))
     result: dict[str, object] = {}
+    rows = given.rows.split(",")
     try:
-        make_store(folder / "store")
-        make_plain(folder / "plain")
-        for row in given.rows.split(","):
+        if not set(rows) <= {"open_million", "scan_10k", "write"}:
+            make_store(folder / "store")
+            make_plain(folder / "plain")
+        for row in rows:
             for name, found in ROWS[row](folder, given.rounds):
                 result |= report(name, found, quiet=given.json)
     finally:
@@ -297,7 +412,7 @@ def report(name: str, found: Comparison, *, quiet: bool) -> dict[str, object]:
     if not quiet:
         for way, timing in found.timings.items():
             print(
-                f"{name:20} {way:12} {timing.wall * 1e3:9.3f} ms  cpu {timing.cpu * 1e3:9.3f} ms  "
+                f"{name:20} {way:18} {timing.wall * 1e3:9.3f} ms  cpu {timing.cpu * 1e3:9.3f} ms  "
                 f"× {found.speed[way]:.3f}  cpu × {found.speed_cpu[way]:.3f}",
                 file=sys.stderr,
             )

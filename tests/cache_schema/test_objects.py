@@ -18,9 +18,23 @@ import zarr
 from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
-from cache_schema import CacheCorrupt, CacheMissing, FeatureStore, connections, files, metadata, objects, verify
+from cache_schema import (
+    CacheCorrupt,
+    CacheMissing,
+    FeatureStore,
+    SegmentResult,
+    connections,
+    files,
+    metadata,
+    objects,
+    orphans,
+    planfile,
+    verify,
+)
 from cache_schema.connections import StoreUnavailable
 from cache_schema.objects import locate
+from cache_schema.plan import Segments
+from cache_schema.repair import repair_shard
 from tests.cache_schema.makers import SPECS, WANTED, create, extract, features, single, tree
 from tests.object_servers import SECRET, FaultProxy, first, use
 
@@ -387,3 +401,54 @@ def test_a_shard_that_no_store_could_commit_is_refused_before_anything_is_made(s
         create(locate(s3), "tokens_large", shard_frames=100_000)
     with pytest.raises(CacheMissing):
         FeatureStore.open(s3, "tokens_large")
+
+
+# --- mending and cleaning
+
+
+def made_again(segment):
+    return SegmentResult(
+        iter([{"tokens": features("tokens", segment.video_id, segment.frame_index)}]),
+        lambda: {"size": len(segment.video_id), "pts": list(segment.frame_index)},
+    )
+
+
+def test_repair_of_an_object_store_gives_the_bytes_that_were_there(s3, tokens):
+    sound = bytes_of(s3)
+    flipped, cut = (tokens.layout.info.shard_file(number) for number in (0, 3))
+    flipped.write(bytes([sound["tokens/c/0/0/0"][0] ^ 1]) + sound["tokens/c/0/0/0"][1:])
+    cut.write(sound["tokens/c/3/0/0"][:50])
+    tokens.layout.info.shard_file(5).delete()
+    store = FeatureStore.open(locate(s3), "tokens")
+    damaged = verify.damaged_shards(verify.full(store))
+    assert damaged == [0, 3, 5]
+    assert [repair_shard(store, number, made_again).repaired for number in damaged] == [True] * 3
+    assert verify.full(FeatureStore.open(locate(s3), "tokens")) == []
+    assert bytes_of(s3) == sound
+
+
+def test_gc_of_an_object_store_removes_what_dead_writers_left_and_nothing_else(s3, tokens):
+    sound, place = bytes_of(s3), locate(s3)
+    for name in (".shard-9.node-7.12.0123abcd.partial", "notes.txt"):
+        (place / "tokens" / name).write(b"half a shard")
+    found = {orphan.path.name: orphan for orphan in orphans.find(place, dead_hosts={"node-7"})}
+    assert {name: (orphan.kind, orphan.dead) for name, orphan in found.items()} == {
+        ".shard-9.node-7.12.0123abcd.partial": ("partial", True),
+        "notes.txt": ("unplanned", False),
+    }
+    for orphan in found.values():
+        if orphan.dead:
+            orphans.remove(orphan)
+    assert bytes_of(s3) == {**sound, "tokens/notes.txt": b"half a shard"}
+    orphans.remove(found["notes.txt"])
+    assert bytes_of(s3) == sound
+    assert tokens.read("ant", [0]).shape == (1, 5, 7)
+
+
+def test_the_columns_of_a_large_plan_lie_in_the_object_store_too(s3, monkeypatch):
+    monkeypatch.setattr(planfile, "LARGE", 1)
+    extract(locate(s3))
+    plan = FeatureStore.open(locate(s3), "tokens").plan
+    assert "plan/000000.columns" in bytes_of(s3)
+    assert isinstance(plan.segments, Segments)
+    assert plan.videos == tuple(WANTED)

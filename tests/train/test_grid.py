@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -120,10 +121,34 @@ def test_a_step_reads_each_batch_once_however_many_students(
     monkeypatch.setattr(diagnostics, "probe_due", lambda *_, **__: False)  # each looks at its own probe samples
     together({"1": make_trainer()}, cached)
     solo = list(reads)
-    assert len(solo) == 2 * 2 * 7  # both stores, two epochs, seven samples
+    assert len(solo) <= 2 * 2 * 7  # both stores, two epochs, seven samples; those of one video in a batch at once
+    assert {modality for modality, _ in solo} == {cached.tokens.modality, "pooled/layer8"}
     reads.clear()
     together({name: make_trainer(lambda_kd=float(name)) for name in "01234"}, cached)
-    assert reads == solo
+    assert sorted(reads) == sorted(solo)
+
+
+def test_a_pass_asks_for_the_order_once_a_step_and_reads_ahead_until_the_end(
+    make_trainer: MakeTrainer, cached: CachedSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    cuts = Trainer.cuts
+
+    def counted(self: Trainer, data: CachedSamples, step: int, schedule: Any) -> Any:
+        asked.append((id(self), step))
+        return cuts(self, data, step, schedule)
+
+    monkeypatch.setattr(Trainer, "cuts", counted)
+    monkeypatch.setattr(diagnostics, "probe_due", lambda *_, **__: False)  # it reads for itself
+    monkeypatch.setattr(CachedSamples, "batch", None)
+    records = together({"1": make_trainer(), "2": make_trainer(lambda_kd=2.0)}, cached)
+    assert len(records["2"].records) == 6
+    assert sorted(step for _, step in asked) == sorted([*range(6)] * 2)
+    assert len(set(asked)) == 12
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("reader-")] == []
+    asked.clear()
+    train(make_trainer(), cached, log=lambda _: None, save=lambda *_: None)
+    assert [step for _, step in asked] == [*range(6)]
 
 
 @pytest.mark.parametrize("select", [[0.25, 0.5], [0.5, 0.25]])
