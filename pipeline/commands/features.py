@@ -40,7 +40,7 @@ def extract(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="NAME", help="Store float16, float32 or, for tokens, int8. [default: by preset]"),
+        typer.Option("--dtype", metavar="NAME", help="Store float16, float32 or (tokens) int8. [default: by preset]"),
     ] = None,
     workers: Annotated[
         int, typer.Option("--workers", min=0, metavar="N", help="Dask worker processes; 0 works in this process.")
