@@ -65,7 +65,7 @@ def step_bytes(student: Student, shape: Shape, *, questions: int, windows: int) 
     rows = max(windows * shape.tokens, questions * n)
     working = rows * 2 * cfg.hidden_size * (shape.num_frames + merges + 3 * steps + 4 * slots)
     # New gradients of a layer lie beside the sums that they are added to.
-    layer_gradients = sum(p.numel() for p in student.qformer.layers[0].parameters())
+    layer_gradients = sum(p.numel() for p in next(iter(student.qformer.layers)).parameters())
     total: int = FLOAT * (questions * question + windows * window + working + layer_gradients)
     return total
 
