@@ -17,7 +17,7 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """One sample: its frames, how many of them have a graph, tokens per frame and their width, text tokens."""
+    """One question: frames of its window, how many of them have a graph, tokens a frame, their width, text tokens."""
 
     num_frames: int
     wanted: int
@@ -42,31 +42,54 @@ def fixed_bytes(student: Student) -> int:
     return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
 
 
-def sample_bytes(student: Student, shape: Shape) -> int:
-    """Peak of one sample's forward and backward pass."""
-    cfg, steps, n = student.cfg, shape.wanted if student.cfg.bank_detach else shape.num_frames, 0
+def step_bytes(student: Student, shape: Shape, *, questions: int, windows: int) -> int:
+    """Peak of a forward and backward pass of that many questions about that many windows, each as large as ``shape``.
+
+    Frames, their keys and values belong to a window; queries, text and feed-forward networks to a question.
+    """
+    cfg, steps = student.cfg, shape.wanted if student.cfg.bank_detach else shape.num_frames
     n = cfg.num_queries + shape.text
     crossing = -(-cfg.num_layers // cfg.cross_attention_every)
     slots = min(shape.num_frames, cfg.memory_len + 1)
     # Attention: queries, keys, values, output twice, the sum before and the states after the norm; feed-forward: both
     # sides of the GELU, the sum before and the states after the norm, and queries and text together again.
     layer = n * (10 * cfg.hidden_size + 2 * cfg.intermediate_size)
-    cross = 6 * cfg.num_queries * cfg.hidden_size + 2 * shape.tokens * cfg.hidden_size
-    kept = steps * (n * cfg.hidden_size if cfg.recompute_layers else layer) * cfg.num_layers
-    kept += steps * cross * (1 if cfg.recompute_layers else crossing)
-    frames = shape.num_frames * shape.tokens * shape.width * 3 + steps * shape.tokens * shape.width
+    layers_kept = 1 if cfg.recompute_layers else crossing
+    question = steps * (n * cfg.hidden_size if cfg.recompute_layers else layer) * cfg.num_layers
+    question += steps * 6 * cfg.num_queries * cfg.hidden_size * layers_kept
+    window = steps * 2 * shape.tokens * cfg.hidden_size * layers_kept
+    window += shape.num_frames * shape.tokens * shape.width * 3 + steps * shape.tokens * shape.width
     merges = max(0, shape.num_frames - 1 - cfg.memory_len)
-    # Gradients of keys and values by row, at their own step, joined for two products; buffers of values and gradients.
-    working = shape.tokens * 2 * cfg.hidden_size * (shape.num_frames + merges + 3 * steps + 4 * slots)
-    return FLOAT * (kept + frames + working)
+    # Gradients of keys and values by row, at their own step, joined for two products; buffers of values and gradients:
+    # of one attention at a time, to the frames or to the bank of queries.
+    rows = max(windows * shape.tokens, questions * n)
+    working = rows * 2 * cfg.hidden_size * (shape.num_frames + merges + 3 * steps + 4 * slots)
+    # New gradients of a layer lie beside the sums that they are added to.
+    layer_gradients = sum(p.numel() for p in student.qformer.layers[0].parameters())
+    return FLOAT * (questions * question + windows * window + working + layer_gradients)
 
 
-def largest_batch(student: Student, shape: Shape, budget: int) -> int:
-    """Samples that fit. Raises ValueError, with the least that would do, where not even one does."""
-    fixed, each = fixed_bytes(student), sample_bytes(student, shape)
-    if fixed + each > budget:
-        raise ValueError(
-            f"train.memory {budget / 1e9:.1f} GB is too small: one sample takes {(fixed + each) / 1e9:.1f} GB.\n"
-            f"Give more, or:  --set student.recompute_layers=true  or  --set align.frames=last"
-        )
-    return (budget - fixed) // each
+@dataclass(frozen=True)
+class Room:
+    """A budget in bytes for one student.
+
+    Raises:
+        ValueError: not even one question fits; says what would.
+    """
+
+    student: Student
+    shape: Shape
+    budget: int
+
+    def __post_init__(self) -> None:
+        if not self.fits(1, 1):
+            least = fixed_bytes(self.student) + step_bytes(self.student, self.shape, questions=1, windows=1)
+            raise ValueError(
+                f"train.memory {self.budget / 1e9:.1f} GB is too small: one sample takes {least / 1e9:.1f} GB.\n"
+                f"Give more, or:  --set student.recompute_layers=true  or  --set align.frames=last"
+            )
+
+    def fits(self, questions: int, windows: int) -> bool:
+        """Whether that many questions about that many windows can run together."""
+        step = step_bytes(self.student, self.shape, questions=questions, windows=windows)
+        return fixed_bytes(self.student) + step <= self.budget

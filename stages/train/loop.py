@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -97,21 +97,32 @@ def batch_positions(
     return chosen.tolist(), draws[chosen].tolist()
 
 
-def micro_batches(count: int, size: int, windows: Sequence[int] | None = None) -> list[slice]:
-    """Neighbours of a batch that run together, at most ``size`` of them.
+Fits = Callable[[int, int], bool]  # (questions, windows) -> whether they can run together
 
-    Questions about one window stay together, so that they share its projections, unless they alone are more than that.
+
+def micro_batches(windows: Sequence[int], fits: Fits) -> list[slice]:
+    """Neighbours of a batch that run together: as many as fit.
+
+    Questions about one window stay together, so that they share its projections, unless they alone are too many.
+
+    Args:
+        windows: which window each sample asks about; neighbours with the same number share it.
+        fits: one question always does.
     """
-    runs = [1] * count if windows is None else [len(list(run)) for _, run in itertools.groupby(windows)]
-    ends = [0]
-    filled = 0
-    for run in runs:
-        if ends[-1] < filled and filled + run > ends[-1] + size:
-            ends.append(filled)
-        filled += run
-        while filled - ends[-1] > size:
-            ends.append(ends[-1] + size)
-    return [slice(first, end) for first, end in itertools.pairwise([*ends, count]) if first < end]
+    parts, first, count = [], 0, len(windows)
+    while first < count:
+        end, seen = first + 1, 1
+        while end < count:
+            more = seen + (windows[end] != windows[end - 1])
+            if not fits(end + 1 - first, more):
+                break
+            end, seen = end + 1, more
+        if end < count and windows[end] == windows[end - 1] != windows[first]:
+            while windows[end] == windows[end - 1]:
+                end -= 1
+        parts.append(slice(first, end))
+        first = end
+    return parts
 
 
 def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -137,6 +148,7 @@ class Trainer:
     decoder: Decoder
     cfg: TrainConfig
     align_cfg: AlignConfig
+    _room: tuple[CachedSamples, Fits] | None = field(default=None, init=False, repr=False)  # of the data seen last
 
     def __post_init__(self) -> None:
         self.modules: dict[str, nn.Module] = {"student": self.student}
@@ -220,24 +232,29 @@ class Trainer:
         loss.backward()
         return logged
 
-    def micro_batch(self, data: CachedSamples, batch_size: int) -> int:
-        """Samples per forward: the setting, or what the memory budget allows."""
-        if self.cfg.micro_batch or not self.cfg.memory:
-            return self.cfg.micro_batch or batch_size
+    def room(self, data: CachedSamples) -> Fits:
+        """Which micro-batches the settings allow: ``train.micro_batch``, or what ``train.memory`` has room for."""
+        size = self.cfg.micro_batch
+        if size or not self.cfg.memory:
+            return lambda questions, _: not size or questions <= size
+        return budget.Room(self.student, self.shape(data), budget.parse_bytes(self.cfg.memory)).fits
+
+    def shape(self, data: CachedSamples) -> budget.Shape:
+        """The largest sample: most frames, longest prompt."""
         longest = max(sample.draws.shape[1] for sample in data.samples)
         wanted = num_aligned_frames(self.align_cfg.frames, longest) if self.alignment is not None else 1
         text = self.student.tokenize([sample.prompt for sample in data.samples])[0].shape[1]
         tokens, width = data.tokens.spec.frame_shape
-        shape = budget.Shape(longest, wanted, tokens, width, text)
-        return min(batch_size, budget.largest_batch(self.student, shape, budget.parse_bytes(self.cfg.memory)))
+        return budget.Shape(longest, wanted, tokens, width, text)
 
     def cuts(self, data: CachedSamples, step: int, schedule: Schedule) -> Cuts:
         """What a step reads: sample positions and frame draws of every micro-batch."""
         window_of = data.window_of() if self.cfg.group_windows else None
         positions, draws = batch_positions(self.cfg, schedule, len(data), step, window_of)
-        size = self.micro_batch(data, len(positions))
-        windows = None if window_of is None else [window_of[i] for i in positions]
-        return [(positions[part], draws[part]) for part in micro_batches(len(positions), size, windows)]
+        if self._room is None or self._room[0] is not data:
+            self._room = data, self.room(data)
+        windows = range(len(positions)) if window_of is None else [window_of[i] for i in positions]
+        return [(positions[part], draws[part]) for part in micro_batches(windows, self._room[1])]
 
     def step(
         self, data: CachedSamples, step: int, schedule: Schedule, ahead: tuple[Cuts, Iterator[Batch]] | None = None

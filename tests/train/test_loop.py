@@ -13,6 +13,7 @@ from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import CachedSamples
 from stages.decode.llm import CausalLM
 from stages.train.alignment import Alignment
+from stages.train.budget import fixed_bytes, step_bytes
 from stages.train.loop import Schedule, Trainer, TrainingDiverged, batch_positions, make_schedule, micro_batches, train
 from stages.train.student import Student
 
@@ -208,9 +209,27 @@ def test_grouped_questions_of_a_window_stay_together_and_share_a_draw() -> None:
     ],
 )
 def test_a_micro_batch_does_not_cut_a_window(size: int, windows: list[int] | None, lengths: list[int]) -> None:
-    parts = micro_batches(7, size, windows)
+    parts = micro_batches(windows or range(7), lambda questions, _: questions <= size)
     assert [part.stop - part.start for part in parts] == lengths
     assert [i for part in parts for i in range(7)[part]] == list(range(7))
+
+
+def test_questions_that_share_a_window_make_room_for_more() -> None:
+    parts = micro_batches([0, 0, 0, 1, 1, 2, 3], lambda questions, windows: questions + 4 * windows <= 13)
+    assert parts == [slice(0, 5), slice(5, 7)]
+
+
+def test_a_budget_makes_micro_batches_and_the_same_gradients(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
+    whole = make_trainer(batch_size=6)
+    need = [
+        fixed_bytes(whole.student) + step_bytes(whole.student, whole.shape(cached), questions=n, windows=n)
+        for n in (1, 2, 3)
+    ]
+    tight = make_trainer(batch_size=6, memory=f"{need[1]}B")
+    schedule = make_schedule(tight.cfg, len(cached))
+    assert [len(positions) for positions, _ in tight.cuts(cached, 0, schedule)] == [2, 2, 2]
+    logs = [trainer.step(cached, 0, schedule) for trainer in (whole, tight)]
+    assert logs[1]["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-4)
 
 
 def test_the_evaluations_give_one_training_curve(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
