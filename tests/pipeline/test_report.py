@@ -27,13 +27,13 @@ from pipeline.errors import ConfigError
 from pipeline.overrides import apply
 from pipeline.report import answer, cost, paper, videos
 from pipeline.report.build import report
-from pipeline.report.read import label_of, read_studies
+from pipeline.report.read import Variant, label_of, read_studies
 from pipeline.runs import RunFolder
 from stages.config import DataConfig, PipelineConfig
 from stages.data.frames import open_source
 from stages.decode.evaluate import line_of
 from stages.decode.metrics import Prediction
-from stages.decode.statistics import share_interval
+from stages.decode.statistics import paired, share_interval
 from tests.conftest import PROJECT
 
 TRUTHS = ("northwest", "northeast", "southwest", "southeast")
@@ -135,6 +135,22 @@ def test_the_scores_on_the_page_are_those_of_the_answers(make_run: Run, tmp_path
     assert "No difference is shown." in page.text  # four videos cannot show one
     assert "With 1" not in page.text
     assert "8 questions about 4 test videos, 1 to 2 seeds per variant" in page.text
+
+
+def test_a_difference_that_the_seeds_do_not_agree_on_is_not_called_one() -> None:
+    """400 videos leave no doubt about these five trainings, but the next five may turn out otherwise."""
+    videos = [f"v{i}" for i in range(400)]
+    agree, disagree = ([0.1] * 5, [0.4, 0.4, -0.2, -0.2, 0.1])
+    base = np.repeat(np.arange(400) % 2, 5).reshape(400, 5).T
+    for gains, called in ((agree, True), (disagree, False)):
+        other = base.copy()
+        for row, gain in zip(other, gains, strict=True):
+            flipped = np.flatnonzero(row == (gain < 0))[: round(abs(gain) * 400)]
+            row[flipped] = int(gain > 0)
+        test = paired(base, other, videos, same_seeds=True)
+        assert (test.difference, test.p) == (pytest.approx(0.1), pytest.approx(0, abs=1e-3))
+        variants = [Variant(key, key) for key in ("a", "b")]
+        assert answer.Contrast(variants[1], variants[0], test, test.p).sure is called
 
 
 def test_one_run_alone_is_no_comparison(make_run: Run, tmp_path: Path) -> None:
