@@ -70,9 +70,8 @@ def ablate(
     complete = [variant for variant in variants if variant.needs is None]
     for variant in complete:
         if (out / variant.name / "config.json").exists():
-            RunFolder.create(
-                out / variant.name, variant.config, out=out
-            )  # refuses other settings before anything is changed
+            # Refuses other settings, before anything is changed.
+            RunFolder.create(out / variant.name, variant.config, out=out)
     # The table comes before the first run folder: it marks ``out`` as ours, whenever this is killed.
     ledger = Ledger.create(out, variants, rule=sources.dataset(variants[0].config).answer_rule)
     for variant in complete:

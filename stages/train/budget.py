@@ -42,10 +42,11 @@ def fixed_bytes(student: Student) -> int:
     return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
 
 
-def step_bytes(student: Student, shape: Shape, *, questions: int, windows: int) -> int:
+def peak_bytes(student: Student, shape: Shape, *, questions: int, windows: int) -> int:
     """Peak of a forward and backward pass of that many questions about that many windows, each as large as ``shape``.
 
-    Frames, their keys and values belong to a window; queries, text and feed-forward networks to a question.
+    Frames, their keys and values belong to a window; queries, text and feed-forward networks to a question. Weights and
+    their optimiser state are ``fixed_bytes``.
     """
     cfg, steps = student.cfg, shape.wanted if student.cfg.bank_detach else shape.num_frames
     n = cfg.num_queries + shape.text
@@ -84,7 +85,7 @@ class Room:
 
     def __post_init__(self) -> None:
         if not self.fits(1, 1):
-            least = fixed_bytes(self.student) + step_bytes(self.student, self.shape, questions=1, windows=1)
+            least = fixed_bytes(self.student) + peak_bytes(self.student, self.shape, questions=1, windows=1)
             raise ValueError(
                 f"train.memory {self.budget / 1e9:.1f} GB is too small: one sample takes {least / 1e9:.1f} GB.\n"
                 f"Give more, or:  --set student.recompute_layers=true  or  --set align.frames=last"
@@ -92,5 +93,5 @@ class Room:
 
     def fits(self, questions: int, windows: int) -> bool:
         """Whether that many questions about that many windows can run together."""
-        step = step_bytes(self.student, self.shape, questions=questions, windows=windows)
+        step = peak_bytes(self.student, self.shape, questions=questions, windows=windows)
         return fixed_bytes(self.student) + step <= self.budget

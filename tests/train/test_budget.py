@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from stages.config import StudentConfig
-from stages.train.budget import Room, Shape, fixed_bytes, parse_bytes, step_bytes
+from stages.train.budget import Room, Shape, fixed_bytes, parse_bytes, peak_bytes
 from stages.train.student import Student
 
 SHAPE = Shape(num_frames=9, wanted=9, tokens=60, width=10, text=4)
@@ -28,7 +28,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_a_budget_holds_as_many_samples_as_fit(make_student: Callable[..., Student]) -> None:
     student = make_student()
-    needs = [fixed_bytes(student) + step_bytes(student, SHAPE, questions=n, windows=n) for n in range(1, 6)]
+    needs = [fixed_bytes(student) + peak_bytes(student, SHAPE, questions=n, windows=n) for n in range(1, 6)]
     for budget, most in ((needs[0], 1), (needs[2], 3), (needs[3] - 1, 3)):
         room = Room(student, SHAPE, budget)
         assert [room.fits(n, n) for n in range(1, 6)] == [n <= most for n in range(1, 6)]
@@ -58,7 +58,7 @@ def test_the_formula_is_near_what_is_alive_at_once_and_not_below_it(
 
     student.zero_grad(set_to_none=False)
     step()  # gradients are there now: fixed_bytes counts them
-    ratio = most_alive(step) / step_bytes(student, shape, questions=len(questions), windows=1)
+    ratio = most_alive(step) / peak_bytes(student, shape, questions=len(questions), windows=1)
     assert 0.6 <= ratio <= 1
 
 

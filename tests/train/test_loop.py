@@ -13,7 +13,7 @@ from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import CachedSamples
 from stages.decode.llm import CausalLM
 from stages.train.alignment import Alignment
-from stages.train.budget import fixed_bytes, step_bytes
+from stages.train.budget import fixed_bytes, peak_bytes
 from stages.train.loop import Schedule, Trainer, TrainingDiverged, batch_positions, make_schedule, micro_batches, train
 from stages.train.student import Student
 
@@ -222,7 +222,7 @@ def test_questions_that_share_a_window_make_room_for_more() -> None:
 def test_a_budget_makes_micro_batches_and_the_same_gradients(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
     whole = make_trainer(batch_size=6)
     need = [
-        fixed_bytes(whole.student) + step_bytes(whole.student, whole.shape(cached), questions=n, windows=n)
+        fixed_bytes(whole.student) + peak_bytes(whole.student, whole.shape(cached), questions=n, windows=n)
         for n in (1, 2, 3)
     ]
     tight = make_trainer(batch_size=6, memory=f"{need[1]}B")
