@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain
 from typing import Protocol
 
@@ -356,9 +356,15 @@ def from_runs(runs: object) -> tuple[int, ...]:
         if first + step * (count - 1) > MAX_FRAME_INDEX:
             raise ValueError(f"run {run} goes beyond frame {MAX_FRAME_INDEX}")
         if len(runs) == 1:
-            return tuple(range(first, first + step * count, step))
+            return every(first, step, count)
         frames.extend(range(first, first + step * count, step))
     return tuple(frames)
+
+
+@lru_cache(maxsize=4096)
+def every(first: int, step: int, count: int) -> tuple[int, ...]:
+    """The frame indices of one run: one tuple for all videos that have the same frames, as most have."""
+    return tuple(range(first, first + step * count, step))
 
 
 def generation_document(before: Plan, after: Plan) -> dict[str, object]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache_schema.plan import MAX_FRAME_INDEX, MAX_ID_BYTES, MAX_SEGMENT_FRAMES, Plan, Segment, Segments, to_runs
+from cache_schema.plan import MAX_FRAME_INDEX, MAX_ID_BYTES, MAX_SEGMENT_FRAMES, Plan, Segment, Segments, every, to_runs
 
 MAGIC, VERSION = b"DLMMPLAN", 1
 # Magic, version, crc32c of the JSON, its bytes; S, first shard, segments, runs, bytes of ids; crc32c of all the rest.
@@ -44,9 +44,10 @@ class Columns(Sequence[Segment]):
         if isinstance(at, slice):
             return tuple(self[number] for number in range(*at.indices(len(self))))
         at = range(len(self))[at]
-        runs = self._runs[self._run_at[at] : self._run_at[at + 1]].tolist()
-        frames = itertools.chain.from_iterable(range(first, first + step * count, step) for first, step, count in runs)
-        return Segment(self.ids[at].decode(), tuple(frames), int(self.starts[at]))
+        first, end = self._run_at[at : at + 2].tolist()
+        runs = self._runs[first:end].tolist()
+        frames = every(*runs[0]) if len(runs) == 1 else tuple(itertools.chain.from_iterable(itertools.starmap(every, runs)))
+        return Segment(self.ids[at].decode(), frames, int(self.starts[at]))
 
     def __iter__(self) -> Iterator[Segment]:
         return (self[at] for at in range(len(self)))

@@ -34,6 +34,7 @@ Slots = npt.NDArray[np.int64]
 
 PAGE = 4096
 BOUNCE_BYTES = 8 << 20  # one O_DIRECT request
+SEEN_SECONDS = 1.0
 PROBE_SECONDS = 1.0
 PROBE_BYTES = 6 << 20  # read by each way in one round of the probe
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
@@ -60,8 +61,10 @@ class OpenShard:
         self.descriptor = files.open_regular(shard.file)
         weakref.finalize(self, os.close, self.descriptor)
         self._looking = self._open_to_look()
+        self._seen: dict[int, float] = {}  # slot -> when its frame was last found in the page cache
         status = os.fstat(self.descriptor)
         self.identity, self.device = identity_of(status), status.st_dev
+        self.present = shard.present.tobytes()  # the same, for one slot at a time
         used = int(np.flatnonzero(shard.present)[-1]) + 1 if shard.present.any() else 0
         content = self._map(used * layout.stride)
         self.rows = strided_rows(layout, content, used)  # [used, *row_shape]
@@ -82,7 +85,7 @@ class OpenShard:
         Asked of the descriptor, not of the path, which would take three times as long.
         """
         status = os.fstat(self.descriptor)
-        return status.st_nlink > 0 and (status.st_ino, status.st_size, status.st_mtime_ns) == self.identity
+        return (status.st_ino, status.st_size, status.st_mtime_ns) == self.identity and status.st_nlink > 0
 
     def _open_to_look(self) -> int:
         """A descriptor for ``is_cached``; -1 where there is none."""
@@ -99,14 +102,21 @@ class OpenShard:
     def is_cached(self, slot: int, offset: int = 0) -> bool:
         """Whether a frame's page at this offset is in the page cache; False where that cannot be told.
 
-        Where it is not, it will be soon: asking fetches that page.
+        Where it is not, it will be soon: asking fetches that page. A frame that was there a moment ago is taken to be
+        there still: if it has gone the map fetches it, with what lies around it.
         """
+        now = time.monotonic()
+        if not offset and now - self._seen.get(slot, -math.inf) < SEEN_SECONDS:
+            return True
         if _NOWAIT is None:
             return False
         try:
-            return os.preadv(self._looking, _byte, slot * self.layout.stride + offset, _NOWAIT) == 1
+            there = os.preadv(self._looking, _byte, slot * self.layout.stride + offset, _NOWAIT) == 1
         except OSError:  # EAGAIN: not there; EOPNOTSUPP: the file system cannot say
             return False
+        if there and not offset:
+            self._seen[slot] = now
+        return there
 
 
 def strided_rows(layout: Layout, buffer: mmap.mmap | bytes | memoryview, count: int) -> Array:

@@ -363,13 +363,13 @@ class FeatureStore:
 
         Copying a frame takes 30 µs; the general way takes as long to find it.
         """
-        if not isinstance(frame, (int, np.integer)) or self.io not in ("auto", "mmap"):
+        if not isinstance(frame, (int, np.integer)) or self.io == "pread" or self.io == "direct":
+            return False
+        number, slot = divmod(self._plan_files.known.row(video_id, frame), self.shard_frames)
+        opened = self._opened.get(number)  # a row of -1 is in no shard
+        if opened is None or not (opened.present[slot] and opened.is_current() and opened.is_cached(slot)):
             return False
         if not reading.fits(self.layout, out, 1):
-            return False
-        number, slot = divmod(self._plan_files.known.row(video_id, int(frame)), self.shard_frames)
-        opened = self._opened.get(number)  # a row of -1 is in no shard
-        if opened is None or not (opened.shard.present[slot] and opened.is_current() and opened.is_cached(slot)):
             return False
         reading.read_row(opened, slot, out)
         return True
