@@ -233,6 +233,13 @@ def pwrite(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+def start_flush(descriptor: int, start: int, stop: int) -> None:
+    """Have the system begin to bring these bytes of a file to disk, without waiting. Only ``fsync`` makes them safe."""
+    if hasattr(os, "posix_fadvise"):
+        # "Not needed" writes back what is dirty and forgets what is clean; what was just written is dirty, so it stays.
+        os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
+
+
 def publish(partial: Path, final: StorePath) -> bool:
     """Give a finished, flushed partial file its name unless the name is taken. True when this call did it.
 

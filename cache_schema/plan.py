@@ -248,7 +248,7 @@ class Plan:
             raise KeyError(f"frames {shorten(absent)} of video {video_id!r} are not planned")
         return found
 
-    def row(self, video_id: str, frame: int) -> int:
+    def row(self, video_id: str, frame: int | np.integer) -> int:
         """Row of one frame; -1 when it is not planned. The quick way for single frames."""
         for segment in self.segments_of(video_id):
             at = bisect_left(segment.frame_index, frame)

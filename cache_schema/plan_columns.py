@@ -46,7 +46,8 @@ class Columns(Sequence[Segment]):
         at = range(len(self))[at]
         first, end = self._run_at[at : at + 2].tolist()
         runs = self._runs[first:end].tolist()
-        frames = every(*runs[0]) if len(runs) == 1 else tuple(itertools.chain.from_iterable(itertools.starmap(every, runs)))
+        pieces = [every(*run) for run in runs]
+        frames = pieces[0] if len(pieces) == 1 else tuple(itertools.chain.from_iterable(pieces))
         return Segment(self.ids[at].decode(), frames, int(self.starts[at]))
 
     def __iter__(self) -> Iterator[Segment]:

@@ -33,6 +33,7 @@ TRAILER = struct.Struct("<8sIQQI")  # magic, format version, footer bytes, file 
 EMPTY = (1 << 64) - 1  # Zarr's mark of an inner chunk that is not there
 LARGE_FRAME = 64 * 1024  # from this size on frames start on pages (O_DIRECT, GPU storage); below, on cache lines
 MAX_FOOTER_BYTES = 1 << 28
+FLUSH_BYTES = 4 << 20  # brought to disk while the next ones are made, so that the last fsync has little to wait for
 MAX_REASON = 2000  # characters of a stored reason
 USUAL_FOOTER = 128 * 1024  # what is asked of an object store at first; a larger footer takes one more request
 
@@ -173,6 +174,7 @@ class ShardWriter:
         self._created = False
         self._part: Part | None = None
         self._crcs: list[int] = []
+        self._on_its_way = 0  # bytes that the system was asked to bring to disk
         shape = layout.info.spec.frame_shape
         self._moments = self._moments_before = Moments.zero(shape)
 
@@ -188,10 +190,15 @@ class ShardWriter:
         descriptor = self._open()
         for frame in np.ascontiguousarray(frames, dtype=self.layout.row_dtype):
             raw = memoryview(frame.reshape(-1).view(np.uint8))
-            files.pwrite(descriptor, raw, (part.slot + len(self._crcs)) * self.layout.stride)
+            start = (part.slot + len(self._crcs)) * self.layout.stride
             self._crcs.append(crc32c(raw))
+            files.pwrite(descriptor, raw, start)
             if self.layout.has_stats:
                 self._moments = self._moments.plus_frame(frame)
+        written = (part.slot + len(self._crcs)) * self.layout.stride
+        if written - self._on_its_way >= FLUSH_BYTES:
+            files.start_flush(descriptor, self._on_its_way, written)
+            self._on_its_way = written
 
     def end(self, facts: Mapping[str, object]) -> None:
         """The current part is complete."""
@@ -207,6 +214,7 @@ class ShardWriter:
         part = self._current()
         if self._created:
             os.ftruncate(self._open(), self._data_bytes())
+            self._on_its_way = min(self._on_its_way, self._data_bytes())
         self._moments = self._moments_before
         reason = reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 1] + "…"
         self._add(Record(part.segment.video_id, part.slot, part.frame_index, False, kind, reason))

