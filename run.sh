@@ -28,8 +28,9 @@ Install one (for example the packages python3.12 and python3.12-venv), then run 
 
 # What the installed packages depend on: equal stamps mean that there is nothing to install.
 stamp_of() {
-    "$1" -c 'import hashlib, platform; print(
-        hashlib.sha256(open("requirements.lock", "rb").read()).hexdigest(), platform.python_version())'
+    "$1" -c 'import hashlib, platform; print(*(
+        hashlib.sha256(open(name, "rb").read()).hexdigest() for name in ("requirements.lock", "pyproject.toml")
+    ), platform.python_version())'
 }
 
 ready() {

@@ -122,7 +122,7 @@ def create_array(info: ArrayInfo) -> None:
     files.publish_bytes(info.metadata_file, _made_by_zarr(info.modality, array=array))
 
 
-def _need_version_2(store: Path) -> None:
+def _need_version_2(store: StorePath) -> None:
     """Mark the store, so that a program that knows no int8 refuses it by its version."""
 
     def marked(data: bytes) -> bytes | None:
@@ -216,7 +216,7 @@ def read_array(store: StorePath, modality: str, shard_frames: int) -> ArrayInfo:
 
 
 def _read_scale(
-    file: Path, document: Mapping[str, object], attributes: Mapping[str, object], spec: FeatureSpec
+    file: StorePath, document: Mapping[str, object], attributes: Mapping[str, object], spec: FeatureSpec
 ) -> ChannelScale:
     """The channel scales in the codec's configuration, checked against the digest in the attributes."""
     try:

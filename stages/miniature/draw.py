@@ -89,7 +89,7 @@ def paint_air(canvas: Canvas, scene: Scene, t: float) -> None:
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     corner = axis[:, None] ** 2 + axis[None, :] ** 2
     side = 1 + 0.28 * DAYTIMES[scene.daytime] * axis[None, :]
-    canvas *= np.array(TINTS[scene.tint], dtype=np.float32) * ((1 - 0.13 * corner) * side)[..., None]
+    canvas *= _shaded(TINTS[scene.tint], (1 - 0.13 * corner) * side)
     lines = np.arange(DECADES[scene.decade], dtype=np.float32)[:, None]
     for column in (_hash01(lines, np.full_like(lines, round(8 * t)), scene.variant) * size).astype(int).ravel():
         canvas[:, column] += (1 - canvas[:, column]) * 0.5
@@ -123,7 +123,7 @@ def draw_actor(
     body = distance(*_turned(x, y, tilt), radius)
     _blend(canvas, 0.22 * color, _inside(body - 1.2))
     light = 1.06 - 0.22 * np.clip((x + 2 * y) / (2 * radius), -1, 1)
-    _blend(canvas, color * light[..., None], _inside(body))
+    _blend(canvas, _shaded(COLORS[actor.color], light), _inside(body))
     dx, dy = look_at[0] - place[0], look_at[1] - place[1]
     glance = 0.09 * radius / max(math.hypot(dx, dy), 1e-6)
     for side in (-0.30, 0.30):
@@ -226,7 +226,19 @@ TEXTURES: dict[str, Callable[[Field, Field, int], Canvas]] = {
 
 def _blend(canvas: Canvas, color: Float[np.ndarray, "*pixels 3"] | tuple[float, float, float], cover: Field) -> None:
     """Lay a colour over the canvas, in place."""
-    canvas += (np.asarray(color, dtype=np.float32) - canvas) * cover[..., None]
+    height, width, _ = canvas.shape
+    # Rows of width · 3: numpy is slow where its inner loop is the three channels. The canvas is seen, not copied.
+    paint = np.asarray(color, dtype=np.float32)
+    paint = paint.reshape(height, -1) if paint.ndim == 3 else np.tile(paint, width)
+    flat = canvas.reshape(height, -1)
+    flat += (paint - flat) * np.repeat(cover, 3, axis=1)
+
+
+def _shaded(color: tuple[float, float, float], light: Field) -> Canvas:
+    """The colour, lighter or darker from place to place."""
+    height, width = light.shape
+    shaded: Canvas = np.tile(np.array(color, dtype=np.float32), width) * np.repeat(light, 3, axis=1)
+    return shaded.reshape(height, width, 3)
 
 
 def _inside(distance: Field, softness: float = 1.0) -> Field:

@@ -51,7 +51,7 @@ class Noise:
         """Dropout of hidden states."""
         return x * torch.stack([self.mask(site, t, x.shape[2:], x) for t in range(len(x))])
 
-    def mask(self, site: Site, t: int, shape: torch.Size, like: Tensor) -> Float[Tensor, B * S]:
+    def mask(self, site: Site, t: int, shape: torch.Size, like: Tensor) -> Float[Tensor, "B ..."]:
         """The factors of every sample at row ``t`` of the tensors asked about."""
         out = like.new_empty((len(self.seeds), *shape))
         place = (self.layer * len(Site) + site) << 20 | (self.first + t)
