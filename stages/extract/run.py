@@ -32,6 +32,8 @@ from stages.types import FrameSource, FrozenEncoder
 Progress = Callable[[int, int, str], None]
 CALIBRATION_VIDEOS, CALIBRATION_FRAMES = 50, 200  # of int8, see cache_schema.quantize
 TASKS_AHEAD = 2  # queued per Dask worker: enough to keep it busy, few enough that nothing is stolen and run twice
+# Of glibc. Dask has its workers give all freed memory back; the next batch of an encoder then takes it anew.
+KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": 1 << 40, "MALLOC_TOP_PAD_": 64 << 20, "MALLOC_MMAP_MAX_": 0}
 PAUSE_S = 1.0  # before asking again for a task that another extraction has claimed
 
 
@@ -270,11 +272,14 @@ class _Engine:
 
     def __enter__(self) -> _Engine:
         if self.workers:
+            from dask import config
             from distributed import Client, LocalCluster
 
-            self.cluster = LocalCluster(
-                n_workers=self.workers, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
-            )
+            spawn = "distributed.nanny.pre-spawn-environ"
+            with config.set({f"{spawn}.{name}": value for name, value in KEEP_FREED.items()}):
+                self.cluster = LocalCluster(
+                    n_workers=self.workers, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+                )
             self.client = Client(self.cluster)
         return self
 
