@@ -22,6 +22,7 @@ from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import registry
 from pipeline.inputs import available_samples, load_dataset, open_stores, samples_of
+from pipeline.printing import in_one_line
 from pipeline.progress import OnProgress
 from pipeline.runs import RunFolder
 from pipeline.training import build_trainer
@@ -189,7 +190,7 @@ def _operations(config: PipelineConfig, trainer: Trainer, data: CachedSamples) -
             source.close()
             encoder = registry.load(kind, name)(config, frame_rule=rule, decoder=decoder)
         except (ValueError, OSError) as error:  # no weights or no videos here: the cache is enough for the rest
-            counted[f"{kind}_frame"], counted[f"{kind}_reason"] = None, str(error).splitlines()[0]
+            counted[f"{kind}_frame"], counted[f"{kind}_reason"] = None, in_one_line(error)
             continue
         frame = np.zeros((1, 64, 64, 3), np.uint8)
         counted[f"{kind}_frame"] = _count(partial(encoder, frame))

@@ -73,6 +73,13 @@ def show_table(title: str, table: Table) -> None:
     Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(table)
 
 
+def in_one_line(error: BaseException, limit: int = 200) -> str:
+    """What an error says, its first line alone where that is a whole sentence, for a cell or a sentence of ours."""
+    first, *rest = str(error).splitlines() or [type(error).__name__]
+    line = " ".join([first, *map(str.strip, rest)]) if first.endswith(":") else first
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
 def say(text: str) -> None:
     """A sentence; on a terminal its lines end between words."""
     line = " ".join(printable(text).split())

@@ -12,6 +12,7 @@ from pipeline import results
 from pipeline.commands import options
 from pipeline.errors import ENVIRONMENT, guard
 from pipeline.printing import tell
+from pipeline.progress import Progress
 
 app = typer.Typer()
 
@@ -31,7 +32,8 @@ def synth(
     with guard(debug=debug, as_json=as_json):
         from stages.miniature.world import write_world
 
-        world = write_world(out, videos=videos, seed=seed, workers=workers)
+        with Progress() as progress:
+            world = write_world(out, videos=videos, seed=seed, workers=workers, progress=progress)
         result = {"folder": str(world.root), "videos": world.videos, "frames": world.frames, "written": world.written}
         tell(result, results.show_synth, as_json=as_json)
 

@@ -14,6 +14,7 @@ from pipeline import registry
 from pipeline.errors import ConfigError
 from pipeline.ledger import FILE as LEDGER
 from pipeline.overrides import deciding
+from pipeline.printing import in_one_line
 from pipeline.runs import RunFolder, free_folder
 from stages.config import PipelineConfig
 from stages.decode.evaluate import read_predictions
@@ -163,7 +164,7 @@ def _read(root: Path, folder: Path) -> Run:
                 return read()
             missing.append(Missing(what, command))
         except (ValueError, OSError, KeyError, TypeError) as error:
-            missing.append(Missing(f"{what} (damaged: {str(error).splitlines()[0]})", command))
+            missing.append(Missing(f"{what} (damaged: {in_one_line(error)})", command))
         return empty
 
     quoted = shlex.quote(str(folder))

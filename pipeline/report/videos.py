@@ -14,6 +14,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from pipeline import registry
+from pipeline.printing import in_one_line
 from pipeline.report import figures
 from pipeline.report.answer import Result
 from pipeline.report.figures import Picture
@@ -106,7 +107,7 @@ def _view(study: Study, key: str, sample: Sample | None, source: FrameSource | N
         try:
             strip = tuple(strip_of(source, asked.video_id, sample.frame_index))
         except (ValueError, OSError) as error:  # VideoRejected among them: the page says so and goes on
-            why = str(error).splitlines()[0]
+            why = in_one_line(error)
     elif not why:
         why = "the annotations have no such sample any more"
     return VideoView(
@@ -179,7 +180,7 @@ def _samples(study: Study) -> tuple[dict[str, Sample], str]:
         dataset = registry.load("dataset", study.config.data.name)(study.config.data)
         return {sample.sample_id: sample for sample in dataset.samples("test")}, ""
     except (ValueError, OSError) as error:
-        return {}, str(error).splitlines()[0]
+        return {}, in_one_line(error)
 
 
 @contextlib.contextmanager
@@ -187,7 +188,7 @@ def _source(study: Study) -> Iterator[tuple[FrameSource | None, str]]:
     try:
         source = open_source(study.config.data)
     except (ValueError, OSError) as error:
-        yield None, str(error).splitlines()[0]
+        yield None, in_one_line(error)
         return
     with contextlib.closing(source):
         yield source, ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -63,9 +63,16 @@ class WorldSummary:
         return f"{self.videos} videos, {self.frames} frames, {self.questions} questions in {self.root} ({done})"
 
 
-def write_world(out: Path, *, videos: int, seed: int, workers: int = 1) -> WorldSummary:
+def write_world(
+    out: Path,
+    *,
+    videos: int,
+    seed: int,
+    workers: int = 1,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> WorldSummary:
     """Draw the world into ``out``: ``videos/*.mp4``, annotations in ``lvu/``, ``msvd_qa/`` and ``msvd_qa_fine/``, and a
-    marker at the end.
+    marker at the end. ``progress`` is called with (videos drawn, videos to draw, id).
 
     Running it again does nothing; a larger ``videos`` draws only the new ones. Raises ValueError when the folder holds
     a world of another seed or version, or when ``videos`` is too small to fill the three splits.
@@ -85,7 +92,9 @@ def write_world(out: Path, *, videos: int, seed: int, workers: int = 1) -> World
     absent = [spec for spec, path in paths.items() if not path.is_file() or path.stat().st_size != sizes.get(path.stem)]
     if absent or before.get("videos") != videos or not all((out / name).is_file() for name in annotations):
         (out / MARKER).unlink(missing_ok=True)
-        _draw_files([(spec, paths[spec]) for spec in absent], workers)
+        jobs = [(spec, paths[spec]) for spec in absent]
+        for done, name in enumerate(_draw_files(jobs, workers), 1):
+            progress(done, len(jobs), name)
         for name, entries in annotations.items():
             _publish(out / name, json.dumps(entries, indent=1).encode())
         sizes = {path.stem: path.stat().st_size for path in paths.values()}
@@ -96,19 +105,19 @@ def write_world(out: Path, *, videos: int, seed: int, workers: int = 1) -> World
     return WorldSummary(out, videos, frames, asked, len(absent))
 
 
-def _draw_files(jobs: Sequence[tuple[VideoSpec, Path]], workers: int) -> None:
+def _draw_files(jobs: Sequence[tuple[VideoSpec, Path]], workers: int) -> Iterator[str]:
+    """Draw them; yields the id of each that is done."""
     if workers < 2 or len(jobs) < 64:
-        for job in jobs:
-            _draw_file(job)
+        yield from map(_draw_file, jobs)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(_draw_file, jobs, chunksize=16):
-            pass
+        yield from pool.map(_draw_file, jobs, chunksize=16)
 
 
-def _draw_file(job: tuple[VideoSpec, Path]) -> None:
+def _draw_file(job: tuple[VideoSpec, Path]) -> str:
     spec, path = job
     _publish(path, encode(render(spec, [n / FPS for n in range(spec.num_frames)])))
+    return spec.video_id
 
 
 def encode(frames: UInt8[np.ndarray, "n h w 3"]) -> bytes:

@@ -300,6 +300,7 @@ def test_without_videos_the_questions_are_shown_without_pictures(make_run: Run, 
     page = make(make_run("a"), tmp_path / "page.html")
     assert "img" not in page.tags
     assert page.text.count("No pictures:") == 3
+    assert page.text.count("No pictures: 1 problem in data.annotations: ") == 3  # and which one it is
     assert "ground truth" in page.text
 
 
