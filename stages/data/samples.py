@@ -29,6 +29,7 @@ class Batch:
         y_star: teacher targets; None when no teacher is read.
         windows: row of ``f`` and ``y_star`` that each sample asks about; None = row b for sample b.
         lengths: frames of each row where they differ; the rest of the row is zeros. None = all T.
+        names: video and frame indices of each row; None where nobody says.
     """
 
     samples: tuple[Sample, ...]
@@ -36,6 +37,7 @@ class Batch:
     y_star: Float[Tensor, "V T *D"] | None
     windows: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
+    names: tuple[tuple[str, bytes], ...] | None = None
 
     def per_sample(self, rows: Float[Tensor, "V T *D"]) -> Float[Tensor, "B T *D"]:
         """``f`` or ``y_star`` with one row per sample instead of one per window."""
@@ -206,7 +208,8 @@ class _Asked:
 
     def batch(self, f: Tensor, y_star: Tensor | None) -> Batch:
         lengths = tuple(len(index) for _, index in self.wanted)
-        return Batch(self.samples, f, y_star, self.windows, lengths if len(set(lengths)) > 1 else None)
+        names = tuple((video, np.asarray(index).tobytes()) for video, index in self.wanted)
+        return Batch(self.samples, f, y_star, self.windows, lengths if len(set(lengths)) > 1 else None, names)
 
 
 def _stack(store: FeatureStore, wanted: Sequence[tuple[str, Int[np.ndarray, " _"]]]) -> Tensor:

@@ -206,6 +206,7 @@ class Trainer:
                 frames=self.align_cfg.frames if aligned else "last",
                 windows=batch.windows,
                 lengths=batch.lengths,
+                names=batch.names,
             )
         nll, _ = self.decoder.loss_sum(out.prefix, batch.prompts, batch.answers)
         loss = nll / answer_tokens

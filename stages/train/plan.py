@@ -7,6 +7,7 @@ sums, and after a merge only three cosines change. Decisions are those of ``memo
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,29 @@ class MergePlan:
                 rows.scatter_(0, self.freed_slot[j][None], self.max_len + 1 + j)
         return rows
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that its fields take."""
+        return sum(field.nbytes for field in self._fields())
+
+    def packed(self, b: int) -> MergePlan:
+        """The plan of sample b alone, in main memory and in small integers; ``joined`` undoes it."""
+        small = torch.int16 if 2 * self.num_frames < 1 << 15 else torch.int64
+        own = (field[:, b : b + 1].cpu().clone() for field in self._fields())
+        fields = (field if field.is_floating_point() else field.to(small) for field in own)
+        return MergePlan(self.num_frames, self.max_len, *fields)
+
+    @classmethod
+    def joined(cls, plans: Sequence[MergePlan], device: torch.device) -> MergePlan:
+        """One plan of the samples of several packed ones, which have the same T and K."""
+        both = (torch.cat(parts, 1).to(device) for parts in zip(*(plan._fields() for plan in plans), strict=True))
+        fields = (field if field.is_floating_point() else field.long() for field in both)
+        return cls(plans[0].num_frames, plans[0].max_len, *fields)
+
+    def _fields(self) -> tuple[Tensor, ...]:
+        places = self.position, self.kept_slot, self.freed_slot, self.kept_row, self.freed_row, self.last_row
+        return (*places, self.weight)
+
     def starts(self, t: int) -> Int[Tensor, "k B N"]:
         """First frame of every bank entry that step t reads, in order of time; an entry ends where the next starts.
 
@@ -79,6 +103,38 @@ class MergePlan:
             source = order + (order > self.position[j]).long()
             starts = longer.gather(0, source)
         return starts
+
+
+class PlanCache:
+    """Plans of windows that look the same in every epoch, made once.
+
+    It fills up to ``limit`` bytes of main memory and then stays as it is: every epoch asks for all windows once, and
+    to forget one for another would only trade them.
+    """
+
+    def __init__(self, limit: int = 2 << 30) -> None:
+        self.limit, self.nbytes = limit, 0
+        self._plans: dict[Hashable, MergePlan] = {}
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def plan(self, names: Sequence[Hashable], x: Float[Tensor, "T B N C"], max_len: int) -> MergePlan:
+        """``merge_plan`` of x, of which only the samples whose name is new are looked at.
+
+        ``names[b]`` stands for all that decides x[:, b] but its padding to T frames.
+        """
+        keys = [(name, len(x), max_len) for name in names]
+        here = {key: self._plans[key] for key in keys if key in self._plans}
+        lacking = [b for b, key in enumerate(keys) if key not in here]
+        if lacking:
+            made = merge_plan(x[:, lacking], max_len)
+            for place, b in enumerate(lacking):
+                plan = here[keys[b]] = made.packed(place)
+                if keys[b] not in self._plans and self.nbytes + plan.nbytes <= self.limit:
+                    self._plans[keys[b]] = plan
+                    self.nbytes += plan.nbytes
+        return MergePlan.joined([here[key] for key in keys], x.device)
 
 
 def merge_plan(x: Float[Tensor, "T B N C"], max_len: int) -> MergePlan:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from stages.config import StudentConfig
 from stages.train import parallel
 from stages.train.memory import MemoryBank
 from stages.train.noise import Noise
-from stages.train.plan import merge_plan
+from stages.train.plan import PlanCache, merge_plan
 from stages.train.qformer import QFormer, init_like_bert
 from stages.types import StudentOutput
 
@@ -86,6 +86,8 @@ class Student(nn.Module):
         self.llm_proj = nn.Linear(cfg.hidden_size, llm_width)
         self.image_pe.weight.requires_grad_(cfg.pe == "learned")
         self.ln_vision.requires_grad_(cfg.train_ln_vision)
+        # What the visual bank holds is a constant of the video where nothing before it is trained.
+        self.visual_plans = PlanCache() if cfg.pe == "frozen_zero" and not cfg.train_ln_vision else None
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
         """Instruction ids [CLS] … [SEP], padded to the longest, and True where they are not padding."""
@@ -123,6 +125,7 @@ class Student(nn.Module):
         frames: Frames = "last",
         windows: Sequence[int] | None = None,
         lengths: Sequence[int] | None = None,
+        names: Sequence[Hashable] | None = None,
     ) -> StudentOutput:
         """Run the frames in order and read the last one's queries.
 
@@ -136,6 +139,8 @@ class Student(nn.Module):
             lengths: frames of each row of ``f``, where they differ. What follows a row's last frame is padding: later
                 frames reach nothing earlier, so no number depends on it. ``hidden`` holds as many frames as the longest
                 sample wants, each sample's last one at the end.
+            names: one per row of ``f``, equal where video and frames are: with frozen PE and ``ln_vision`` the merges
+                of the visual bank are decided once per name.
 
         Raises:
             ValueError: more frames than PE has rows, a level that does not exist, or samples without frames.
@@ -153,7 +158,7 @@ class Student(nn.Module):
         text_ids, text_keep = self.tokenize(prompts)
         noise = Noise.draw(len(prompts), self.cfg.dropout) if self.training and self.cfg.dropout else None
         evaluate = self._parallel if self.cfg.evaluation == "parallel" else self._sequential
-        hidden = evaluate(f, text_ids, text_keep, windows, first, noise)
+        hidden = evaluate(f, text_ids, text_keep, windows, first, noise, names)
         ends = [n - first for n in own]
         states = {u: last_frames(hidden[u - 1].transpose(0, 1), ends, max(wanted)) for u in levels}
         last = last_frames(hidden[-1].transpose(0, 1), ends, 1)[:, 0]
@@ -167,6 +172,7 @@ class Student(nn.Module):
         windows: Sequence[int],
         first_wanted: int,
         noise: Noise | None,
+        names: Sequence[Hashable] | None,
     ) -> list[Float[Tensor, "F B Q E"]]:
         """All frames at once; query states of every level from the first wanted frame on."""
         f = f.transpose(0, 1).to(device=self.query_tokens.device, dtype=self.ln_vision.weight.dtype)
@@ -175,7 +181,11 @@ class Student(nn.Module):
         with torch.no_grad():
             past = self.look(f[:first]) + positions[:first]
         now = self.look(f[first:]) + positions[first:]
-        plan = merge_plan(torch.cat([past, now.detach()]), self.cfg.memory_len)
+        seen = torch.cat([past, now.detach()])
+        if self.visual_plans is None or names is None:
+            plan = merge_plan(seen, self.cfg.memory_len)
+        else:
+            plan = self.visual_plans.plan(names, seen, self.cfg.memory_len)
         frames = parallel.Frames(past, now, plan, parallel.Questions.group(windows, f.device))
         hidden = parallel.hidden_states(
             self.qformer,
@@ -197,6 +207,7 @@ class Student(nn.Module):
         windows: Sequence[int],
         first_wanted: int,
         noise: Noise | None,
+        _: Sequence[Hashable] | None,
     ) -> list[Float[Tensor, "F B Q E"]]:
         """One frame after another; query states of every level from the first wanted frame on."""
         f, cfg = f[list(windows)], self.cfg

@@ -10,7 +10,7 @@ fit into the language model's positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -37,6 +37,7 @@ class LastFrame(Student):
         frames: Frames = "last",
         windows: Sequence[int] | None = None,
         lengths: Sequence[int] | None = None,
+        names: Sequence[Hashable] | None = None,  # noqa: ARG002  # there is no bank to plan
     ) -> StudentOutput:
         """As ``Student.forward``, with frames as part of the batch; only frames that somebody wants are run.
 

@@ -12,9 +12,11 @@ import torch
 from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import CachedSamples
 from stages.decode.llm import CausalLM
+from stages.train import plan
 from stages.train.alignment import Alignment
 from stages.train.budget import fixed_bytes, peak_bytes
 from stages.train.loop import Schedule, Trainer, TrainingDiverged, batch_positions, make_schedule, micro_batches, train
+from stages.train.plan import MergePlan, merge_plan
 from stages.train.student import Student
 
 ALIGN = AlignConfig(levels=(3, 5))
@@ -25,16 +27,22 @@ MakeTrainer = Callable[..., Trainer]
 def make_trainer(make_student: Callable[..., Student], decoder: CausalLM) -> MakeTrainer:
     """A trainer of a small student in float32; settings of TrainConfig may be replaced."""
 
-    def make(*, dropout: float = 0.0, align: AlignConfig | None = ALIGN, **settings: Any) -> Trainer:
+    def make(
+        *,
+        dropout: float = 0.0,
+        align: AlignConfig | None = ALIGN,
+        student: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Trainer:
         base = {"epochs": 2, "batch_size": 4, "lr": 3e-3, "schedule": "cosine_steps", "warmup_steps": 1}
         cfg = TrainConfig.model_validate({**base, "drop_last": False, "select": "last", **settings})
-        student = make_student(dtype=torch.float32, dropout=dropout)
+        made = make_student(dtype=torch.float32, dropout=dropout, **student or {})
         alignment = None
         if align is not None:
             with torch.random.fork_rng():
                 torch.manual_seed(1)
                 alignment = Alignment(align, hidden_size=12, target_size=6)
-        return Trainer(student, alignment, decoder, cfg, align or ALIGN)
+        return Trainer(made, alignment, decoder, cfg, align or ALIGN)
 
     return make
 
@@ -265,3 +273,34 @@ def test_reading_ahead_changes_no_bit_of_a_training(make_trainer: MakeTrainer, c
     schedule = make_schedule(trainer.cfg, len(cached))
     simple = [trainer.step(cached, step, schedule) for step in range(schedule.total_steps)]
     assert [{key: record[key] for key in simple[0]} for record in ahead] == simple
+
+
+def test_merges_of_frozen_frames_are_decided_once_per_window_and_change_no_number(
+    make_trainer: MakeTrainer, cached: CachedSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = {"pe": "frozen_zero", "train_ln_vision": False, "memory_len": 2}
+    decided = 0
+
+    def counted(x: torch.Tensor, max_len: int) -> MergePlan:
+        nonlocal decided
+        decided += x.shape[1]
+        return merge_plan(x, max_len)
+
+    monkeypatch.setattr(plan, "merge_plan", counted)
+    trainer = make_trainer(student=frozen)
+    records, saved = run(trainer, cached)
+    assert trainer.student.visual_plans is not None
+    assert decided == len(trainer.student.visual_plans) < 2 * len(cached)  # two epochs
+
+    without = make_trainer(student=frozen)
+    without.student.visual_plans = None
+    expected, weights = run(without, cached)
+    assert [r["loss_ce"] for r in records] == [r["loss_ce"] for r in expected]
+    assert equal(saved[-1][1], weights[-1][1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"pe": "frozen_zero"}, {"train_ln_vision": False}])
+def test_merges_are_decided_anew_where_the_frames_are_trained(
+    make_trainer: MakeTrainer, settings: dict[str, Any]
+) -> None:
+    assert make_trainer(student=settings).student.visual_plans is None

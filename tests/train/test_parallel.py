@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages.train.memory import MemoryBank
-from stages.train.plan import merge_plan
+from stages.train.plan import PlanCache, merge_plan
 from stages.train.student import Student, num_aligned_frames
 
 PROMPTS = ["what is the relationship of the movie ?", "who runs ?", "scene"]
@@ -170,3 +170,28 @@ def test_repeated_frames_tie_alike_in_both_forms(make_student: Callable[..., Stu
     torch.nn.init.zeros_(student.image_pe.weight)
     f = torch.randn(2, 3, 6, 10, dtype=torch.float64)[:, [0, 0, 0, 1, 1, 1, 2, 2, 2]]
     assert_equal(*(run(student, evaluation, f, PROMPTS[:2], frames="all") for evaluation in ("parallel", "reference")))
+
+
+def test_plans_that_were_kept_are_those_that_would_be_made(features: Callable[..., torch.Tensor]) -> None:
+    x = features(4, 9).transpose(0, 1)  # [T, B, N, C]
+    plans = PlanCache()
+    for names in (["a", "b"], ["c", "b", "a"], ["d", "d"]):
+        rows = x[:, ["abcd".index(name) for name in names]]
+        kept, made = plans.plan(names, rows, 3), merge_plan(rows, 3)
+        for field in ("position", "kept_slot", "freed_slot", "kept_row", "freed_row", "last_row", "weight"):
+            ours, theirs = getattr(kept, field), getattr(made, field)
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+    assert len(plans) == 4
+    longer = plans.plan(["a"], torch.cat([x[:, :1], torch.zeros_like(x[:2, :1])]), 3)  # padded to eleven frames
+    assert longer.num_merges == 7
+    assert len(plans) == 5
+
+
+def test_no_more_plans_are_kept_than_there_is_room_for(features: Callable[..., torch.Tensor]) -> None:
+    x = features(3, 9).transpose(0, 1)
+    size = merge_plan(x[:, :1], 3).packed(0).nbytes
+    plans = PlanCache(limit=2 * size + size // 2)
+    for _ in range(2):
+        assert torch.equal(plans.plan("abc", x, 3).position, merge_plan(x, 3).position)
+        assert (len(plans), plans.nbytes) == (2, 2 * size)
