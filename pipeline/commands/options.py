@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +16,6 @@ from pipeline.printing import parse_size
 if TYPE_CHECKING:
     from cache_schema.objects import StorePath
     from stages.config import PipelineConfig
-
-MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20), "M_MMAP_MAX": (-4, 0)}  # of glibc's malloc.h
 
 Preset = Annotated[
     str, typer.Option("--preset", metavar="NAME", help="miniature, lvu-TASK, msvd-qa-malmm or msvd-qa-literal.")
@@ -82,22 +78,9 @@ def load_compose(*, dry_run: bool = False) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if sys.stderr.isatty() and not dry_run:
         print("loading …", file=sys.stderr)
-    keep_freed_memory()
     from pipeline import compose
 
     return compose
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next tensor, where it can be told to (glibc).
-
-    It gives every large block back to the system otherwise, and the system has to clear its pages anew: an eighth of a
-    training step at the paper's widths on a CPU.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in MALLOC.values():
-            mallopt(option, value)
 
 
 def device_of(name: str, *, dry_run: bool = False) -> str:

@@ -157,11 +157,15 @@ class _InPlace(torch.autograd.Function):
             _add_product(gathered.values[:, :used], probs.mT, grad_out[step])
             gathered.end_step(t)
         current, everything, entries = gathered.finish()
-        to_x = current if ctx.detach else everything
+        del gathered, probs, grad_probs, grad_scores  # each of what follows is as large as all frames' keys and values
         grad_x = None
         if ctx.needs_input_grad[1]:
+            to_x = current if ctx.detach else everything
             grad_x = torch.matmul(join_heads(to_x, num_heads).to(kv.dtype), weight.to(kv.dtype)).to(x.dtype)
+            del to_x
+        del current
         rows, columns = join_heads(everything, num_heads).flatten(0, -2), x.reshape(-1, x.shape[-1])
+        del everything
         if past_values is not None:
             rows = torch.cat([rows, join_heads(entries, num_heads).flatten(0, -2)])
             held = past_values.transpose(0, 1)[: len(entries)]

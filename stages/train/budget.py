@@ -52,9 +52,9 @@ def peak_bytes(student: Student, shape: Shape, *, questions: int, windows: int) 
     n = cfg.num_queries + shape.text
     crossing = -(-cfg.num_layers // cfg.cross_attention_every)
     slots = min(shape.num_frames, cfg.memory_len + 1)
-    # Attention: queries, keys, values, output twice, the sum before and the states after the norm; feed-forward: both
-    # sides of the GELU, the sum before and the states after the norm, and queries and text together again.
-    layer = n * (10 * cfg.hidden_size + 2 * cfg.intermediate_size)
+    # Attention: queries, keys, values, output twice, the sum before and the states after the norm; feed-forward: what
+    # goes into the GELU, the sum before and the states after the norm, and queries and text together again.
+    layer = n * (10 * cfg.hidden_size + cfg.intermediate_size)
     layers_kept = 1 if cfg.recompute_layers else crossing
     question = steps * (n * cfg.hidden_size if cfg.recompute_layers else layer) * cfg.num_layers
     question += steps * 6 * cfg.num_queries * cfg.hidden_size * layers_kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +67,14 @@ class AddNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(out_size, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor, residual: Tensor, noise: Noise | None, site: Site) -> Tensor:
-        dense = self.dense(x)
+        dense = self.project(x)
         out: Tensor = self.LayerNorm((dense if noise is None else noise.drop(site, dense)) + residual)
         return out
+
+    def project(self, x: Tensor) -> Tensor:
+        """The dense part."""
+        dense: Tensor = self.dense(x)
+        return dense
 
 
 class Attention(nn.Module):
@@ -81,14 +87,45 @@ class Attention(nn.Module):
 
 
 class Expand(nn.Module):
-    """The first half of a feed-forward network: dense and exact GELU."""
+    """The first half of a feed-forward network, before its GELU."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))
+        dense: Tensor = self.dense(x)
+        return dense
+
+
+class Contract(AddNorm):
+    """The second half: exact GELU, dense, residual step."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """GELU and dense."""
+        dense: Tensor = _GeluDense.apply(x, self.dense.weight, self.dense.bias)
+        return dense
+
+
+class _GeluDense(torch.autograd.Function):
+    """dense(gelu(x)) that keeps x alone for its backward pass: gelu(x), as large as x, costs next to nothing again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            active = F.gelu(x)
+        grad_weight = rows.mT @ active.detach().flatten(0, -2).to(rows.dtype)
+        (grad_x,) = torch.autograd.grad(active, x, (grad @ weight.to(grad.dtype)).to(active.dtype))
+        return grad_x, grad_weight.to(weight.dtype), rows.sum(0).to(weight.dtype)
 
 
 class QFormerLayer(nn.Module):
@@ -103,9 +140,9 @@ class QFormerLayer(nn.Module):
         self.attention = Attention(hidden_size, num_heads, hidden_size)
         self.crossattention = Attention(hidden_size, num_heads, frame_size) if cross else None
         self.intermediate = Expand(hidden_size, intermediate_size)
-        self.output = AddNorm(intermediate_size, hidden_size)
+        self.output = Contract(intermediate_size, hidden_size)
         self.intermediate_query = Expand(hidden_size, intermediate_size)
-        self.output_query = AddNorm(intermediate_size, hidden_size)
+        self.output_query = Contract(intermediate_size, hidden_size)
 
     def feed_forward(
         self, queries: Float[Tensor, "T B Q E"], text: Float[Tensor, "T B L E"], noise: Noise | None

@@ -23,7 +23,7 @@ from stages.config import StudentConfig
 from stages.train import parallel
 from stages.train.memory import MemoryBank
 from stages.train.noise import Noise
-from stages.train.plan import PlanCache, merge_plan
+from stages.train.plan import MergePlan, PlanCache, merge_plan
 from stages.train.qformer import QFormer, init_like_bert
 from stages.types import StudentOutput
 
@@ -181,11 +181,7 @@ class Student(nn.Module):
         with torch.no_grad():
             past = self.look(f[:first]) + positions[:first]
         now = self.look(f[first:]) + positions[first:]
-        seen = torch.cat([past, now.detach()])
-        if self.visual_plans is None or names is None:
-            plan = merge_plan(seen, self.cfg.memory_len)
-        else:
-            plan = self.visual_plans.plan(names, seen, self.cfg.memory_len)
+        plan = self._visual_plan(torch.cat([past, now.detach()]), names)
         frames = parallel.Frames(past, now, plan, parallel.Questions.group(windows, f.device))
         hidden = parallel.hidden_states(
             self.qformer,
@@ -198,6 +194,11 @@ class Student(nn.Module):
             recompute=self.cfg.recompute_layers,
         )
         return [states[first_wanted - first :] for states in hidden]
+
+    def _visual_plan(self, frames: Float[Tensor, "T V P C"], names: Sequence[Hashable] | None) -> MergePlan:
+        if self.visual_plans is None or names is None:
+            return merge_plan(frames, self.cfg.memory_len)
+        return self.visual_plans.plan(names, frames, self.cfg.memory_len)
 
     def _sequential(
         self,

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from pipeline.commands.options import keep_freed_memory
 from stages.config import StudentConfig
 from stages.train.qformer import init_like_bert
 from stages.train.student import Student
@@ -245,7 +244,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # as training does
     found: dict[str, Any] = {"max_abs_diff_fp64": largest_difference_fp64()}
     found |= row(**ROWS[options.only or "first"], repeats=options.repeats)
     for name in list(ROWS)[1:] if options.full else []:
