@@ -1,4 +1,4 @@
-"""npm packages that some tests need. Python cannot install them, so each has a folder of its own in the user's cache."""
+"""npm packages that some tests need. pip cannot install them, so each has a folder of its own in the user's cache."""
 
 from __future__ import annotations
 

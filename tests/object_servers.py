@@ -1,7 +1,13 @@
-"""Real object stores on this machine (moto in memory, SeaweedFS on disk), and a proxy that breaks real connections."""
+"""Real object stores on this machine, and a proxy that breaks real connections.
+
+moto (S3, in memory), SeaweedFS (S3, on disk), Azurite (Azure, on disk).
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import http.client
 import json
 import os
@@ -13,6 +19,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,8 +31,10 @@ from typing import Any
 import pytest
 
 from cache_schema import connections
+from tests.node_packages import node_package
 
 KEY, SECRET = "AKIDCANARYKEY4711", "canary/secret+0815/canary"
+ACCOUNT, ACCOUNT_KEY = "canaryaccount4711", base64.b64encode(SECRET.encode()).decode()  # of Azure
 QUICK_RETRY = {
     "max_retries": 4,
     "retry_timeout": timedelta(seconds=20),
@@ -44,13 +53,41 @@ def free_ports(count: int) -> list[int]:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, port: int, **retry: Any) -> None:
-    """Point the usual environment variables at a server of ours."""
-    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
-        monkeypatch.delenv(name)
+    """Point the usual environment variables at an S3 server of ours."""
+    use_no_store(monkeypatch, **retry)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+
+def use_azure(monkeypatch: pytest.MonkeyPatch, port: int, *, sas: str = "", **retry: Any) -> None:
+    """The same for an Azure server of ours, with the account's key or a signature that the key has made."""
+    use_no_store(monkeypatch, **retry)
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://127.0.0.1:{port}/{ACCOUNT}")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT)
+    if sas:
+        monkeypatch.setenv("AZURE_STORAGE_SAS_KEY", sas)
+    else:
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", ACCOUNT_KEY)
+
+
+def azure_sas() -> str:
+    """A shared access signature for everything in the account: requests with it sign none of their headers."""
+    end, version = "2100-01-01T00:00:00Z", "2021-12-02"
+    said = [ACCOUNT, "rwdlac", "b", "sco", "", end, "", "http,https", version, "", ""]
+    named = {"sv": version, "ss": "b", "srt": "sco", "sp": "rwdlac", "se": end, "spr": "http,https"}
+    return urllib.parse.urlencode({**named, "sig": _azure_signature("\n".join(said))})
+
+
+def _azure_signature(text: str) -> str:
+    return base64.b64encode(hmac.digest(base64.b64decode(ACCOUNT_KEY), text.encode(), hashlib.sha256)).decode()
+
+
+def use_no_store(monkeypatch: pytest.MonkeyPatch, **retry: Any) -> None:
+    """No credentials of any store, and quick retries."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "AZURITE_"))]:
+        monkeypatch.delenv(name)
     monkeypatch.setattr(connections, "RETRY", {**QUICK_RETRY, **retry})
     connections.forget_connections()
 
@@ -110,6 +147,44 @@ class Seaweed:
             urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready/none", timeout=5)
         except urllib.error.HTTPError as error:
             if error.code not in (403, 404):
+                raise
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+class Azurite:
+    """Microsoft's emulator of Azure's blob storage (npm package azurite), with its data on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.program = node_package("azurite") / "node_modules/azurite/dist/src/blob/main.js"
+        self.folder = folder
+        (self.port,) = free_ports(1)
+
+    def start(self) -> None:
+        options = ["--blobHost", "127.0.0.1", "--blobPort", str(self.port), "--location", str(self.folder)]
+        options += ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
+        environment = {**os.environ, "AZURITE_ACCOUNTS": f"{ACCOUNT}:{ACCOUNT_KEY}"}
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                ["node", str(self.program), *options], stdout=log, stderr=log, env=environment
+            )
+        wait_for(lambda: self.make_container("ready"), self.process)
+
+    def make_container(self, name: str) -> None:
+        """Signed with the account's key, as Azure asks: obstore makes no containers."""
+        path, version = f"/{ACCOUNT}/{name}", "2023-11-03"
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        headers = f"x-ms-date:{date}\nx-ms-version:{version}\n"
+        signed = "PUT\n" + 11 * "\n" + f"{headers}/{ACCOUNT}{path}\nrestype:container"
+        authorization = f"SharedKey {ACCOUNT}:{_azure_signature(signed)}"
+        asked = {"x-ms-date": date, "x-ms-version": version, "Authorization": authorization}
+        url = f"http://127.0.0.1:{self.port}{path}?restype=container"
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="PUT", headers=asked), timeout=10).close()
+        except urllib.error.HTTPError as error:
+            if error.code != 409:  # it exists
                 raise
 
     def kill(self) -> None:
