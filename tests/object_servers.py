@@ -221,12 +221,13 @@ class FaultProxy:
     is reset), ``"stall"`` (no answer for long), ``"lose answer"`` (passed on, then reset), ``"half a body"`` (reset in
     the middle of the answer's body), or a dict of headers to change (None removes one).
 
-    ``seen`` keeps (method, path, status or fault), ``most_at_a_time`` how many requests were under way at once.
+    ``seen`` keeps (method, path, status or fault), ``under_way`` how many requests the server is at work on, and
+    ``most_at_a_time`` how many there were at once.
     """
 
     def __init__(self, upstream: int, fault: Fault = lambda *_: None) -> None:
         self.fault, self.seen = fault, list[tuple[str, str, Any]]()
-        self.most_at_a_time = self._now = 0
+        self.most_at_a_time = self.under_way = 0
         self._counting = Lock()
         proxy = self
 
@@ -306,8 +307,8 @@ class FaultProxy:
 
     def count(self, change: int) -> None:
         with self._counting:
-            self._now += change
-            self.most_at_a_time = max(self.most_at_a_time, self._now)
+            self.under_way += change
+            self.most_at_a_time = max(self.most_at_a_time, self.under_way)
 
     def __enter__(self) -> FaultProxy:
         Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
