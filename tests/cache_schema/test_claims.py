@@ -82,6 +82,20 @@ def test_48_no_clock_of_another_machine_decides_when_a_lease_is_over(folder, yea
     assert claims.take(folder, 0, lease_s=30) is None
 
 
+def test_07_the_claim_of_a_dead_host_is_taken_over_when_its_lease_is_over_and_that_is_logged(
+    folder, monkeypatch, caplog
+):
+    now = [1000.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    claim_of(folder, host="node-7", pid=12)
+    assert claims.take(folder, 0) is None
+    now[0] += claims.LEASE_S
+    with caplog.at_level(logging.WARNING), claims.take(folder, 0) as claim:
+        assert claims.holder_of(claim.file)["host"] == files.HOST
+    assert "shard 0" in caplog.text
+    assert '"host": "node-7"' in caplog.text
+
+
 def test_a_claim_that_was_taken_over_is_left_to_its_new_holder(folder):
     with claims.take(folder, 0) as claim:
         claim_of(folder, host="elsewhere")
