@@ -258,8 +258,9 @@ class ObjectPath:
 
         def put() -> str:
             body = source if isinstance(source, bytes) else _mapped(source)
-            options: Any = {"mode": {"e_tag": expected} if expected else "create", "attributes": {WRITE_ID: write_id}}
-            return obstore.put(store, self.key, body, use_multipart=False, **options)["e_tag"] or ""
+            mode: Any = self._version(expected) if expected else "create"
+            options: Any = {"mode": mode, "use_multipart": False, "attributes": {WRITE_ID: write_id}}
+            return obstore.put(store, self.key, body, **options)["e_tag"] or ""
 
         def copy() -> str:
             if expected and self.head()[1] != expected:
@@ -290,6 +291,18 @@ class ObjectPath:
             if large is not None:
                 with contextlib.suppress(StoreUnavailable):  # swept later
                     large.delete()
+
+    def _version(self, e_tag: str) -> dict[str, str]:
+        """What a put is conditioned on; Google does not compare entity tags, it wants the generation."""
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        if self.scheme != "gs":
+            return {"e_tag": e_tag}
+        now = obstore.head(self._store(), self.key)
+        if now["e_tag"] != e_tag:
+            raise PreconditionError
+        return {"e_tag": e_tag, "version": now["version"] or ""}
 
     def _upload(self, source: Path, write_id: str) -> None:
         import obstore
