@@ -32,8 +32,8 @@ _KINDS = {"Connect": "no connection", "Timeout": "no answer in time", "Request":
 _ENDPOINTS = {
     "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"),
     "gs": ("GOOGLE_BASE_URL",),
-    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-}  # the library reads them all
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"),
+}  # the library reads them all, the last one where AZURE_STORAGE_USE_EMULATOR is on
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "GOOGLE_SERVICE_ACCOUNT (a file) or GOOGLE_SERVICE_ACCOUNT_KEY (its text)",
@@ -105,11 +105,8 @@ def forget_connections() -> None:
 
 def _plain_http(scheme: str) -> dict[str, bool]:
     """Whether endpoints may be http:// — only on this machine, unless e.g. AWS_ALLOW_HTTP says otherwise."""
-    names = _ENDPOINTS[scheme]
-    if scheme == "az" and _is_on("AZURE_STORAGE_USE_EMULATOR"):
-        names = ("AZURITE_BLOB_STORAGE_URL",)
-    allow, plain = f"{names[0].partition('_')[0]}_ALLOW_HTTP".replace("AZURITE", "AZURE"), False
-    for name in names:
+    allow, plain = f"{_ENDPOINTS[scheme][0].partition('_')[0]}_ALLOW_HTTP", False
+    for name in _ENDPOINTS[scheme]:
         endpoint = urlsplit(os.environ.get(name, ""))
         if endpoint.username or endpoint.password or endpoint.query or endpoint.fragment:
             raise StoreUnavailable(

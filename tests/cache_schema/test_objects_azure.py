@@ -294,8 +294,6 @@ def test_an_environment_that_cannot_be_used_is_said_without_repeating_it(monkeyp
 def test_credentials_do_not_travel_unprotected_or_in_the_endpoint(monkeypatch, name, endpoint, said):
     use_azure(monkeypatch, 1)
     monkeypatch.setenv(name, endpoint)
-    if name.startswith("AZURITE"):
-        monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
     scheme = {"AZ": "az", "AW": "s3", "GO": "gs"}[name[:2]]
     with pytest.raises(StoreUnavailable, match=said) as caught:
         FeatureStore.open(locate(f"{scheme}://features/x"), "tokens")

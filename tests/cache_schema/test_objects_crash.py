@@ -1,4 +1,7 @@
-"""Servers and writers that are killed with -9, on SeaweedFS, whose data survive on disk; the end is the same bytes."""
+"""Servers and writers that are killed with -9; the end is the same bytes.
+
+The server is SeaweedFS, whose data survive on disk. Writers are killed on Azurite too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from cache_schema.connections import StoreUnavailable
 from cache_schema.objects import locate
 from tests.cache_schema.makers import WANTED, create, extract, features
 from tests.cache_schema.test_objects import bytes_of, files_of
-from tests.object_servers import KEY, SECRET, FaultProxy, Seaweed, use
+from tests.object_servers import KEY, SECRET, FaultProxy, Seaweed, use, use_azure
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["zarr", "obstore", "tests.cache_schema.children"])
@@ -69,8 +72,8 @@ def write(store, single_put, environment):
 class Executioner:
     """Kills the writer at its n-th request that changes the store; the store gets that request or does not."""
 
-    def __init__(self, server, at=0, *, passed_on=True):
-        self.at, self.passed_on, self.count, self.writer = at, passed_on, 0, None
+    def __init__(self, server, point_at, at=0, *, passed_on=True):
+        self.point_at, self.at, self.passed_on, self.count, self.writer = point_at, at, passed_on, 0, None
         self.counting, self.proxy = threading.Lock(), FaultProxy(server.port, self.decide)
 
     def decide(self, method, _path, _headers):
@@ -84,7 +87,7 @@ class Executioner:
     def run(self, store, single_put, monkeypatch):
         """How the writer ended."""
         with self.proxy as proxy:
-            use(monkeypatch, proxy.port, max_retries=20)
+            self.point_at(monkeypatch, proxy.port, max_retries=20)
             self.writer = CONTEXT.Process(target=write, args=(store, single_put, dict(os.environ)))
             self.writer.start()
             self.writer.join(500)
@@ -94,18 +97,21 @@ class Executioner:
 
 
 @pytest.mark.parametrize("passed_on", [True, False])
-@pytest.mark.parametrize("single_put", [objects.SINGLE_PUT, 1000])
+@pytest.mark.parametrize(("kind", "single_put"), [("s3", objects.SINGLE_PUT), ("s3", 1000), ("az", objects.SINGLE_PUT)])
 def test_writers_killed_at_their_requests_leave_no_half_shard_and_the_next_one_finishes(
-    seaweed, store, whole, monkeypatch, single_put, passed_on
+    request, whole, monkeypatch, kind, single_put, passed_on
 ):
-    store = store / f"{single_put}-{passed_on}"
-    uninterrupted = Executioner(seaweed)
+    server = request.getfixturevalue({"s3": "seaweed", "az": "azurite"}[kind])
+    store = request.getfixturevalue("store") if kind == "s3" else locate(request.getfixturevalue("az"))
+    store, point_at = store / f"{single_put}-{passed_on}", {"s3": use, "az": use_azure}[kind]
+    uninterrupted = Executioner(server, point_at)
     assert uninterrupted.run(store / "whole", single_put, monkeypatch) == 0
     assert uninterrupted.count > (30 if single_put > 1000 else 60)
     ended = []
     for at in (1, 2, 4, 7, 5, 9, 14, 3, 11, 6):  # each run goes on where the last one died
-        ended.append(Executioner(seaweed, at, passed_on=passed_on).run(store / "killed", single_put, monkeypatch))
-        use(monkeypatch, seaweed.port, max_retries=20)
+        executioner = Executioner(server, point_at, at, passed_on=passed_on)
+        ended.append(executioner.run(store / "killed", single_put, monkeypatch))
+        point_at(monkeypatch, server.port, max_retries=20)
         check_what_is_left(store / "killed")
         if ended[-1] == 0:
             break
