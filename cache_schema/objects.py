@@ -257,7 +257,7 @@ class ObjectPath:
         large = folder / source.name if isinstance(source, Path) and in_parts else None
 
         def put() -> str:
-            body = source if isinstance(source, bytes) else _mapped(source)
+            body = source if isinstance(source, bytes) else _content(source)
             mode: Any = self._version(expected) if expected else "create"
             options: Any = {"mode": mode, "use_multipart": False, "attributes": {WRITE_ID: write_id}}
             return obstore.put(store, self.key, body, **options)["e_tag"] or ""
@@ -365,8 +365,13 @@ class Tail:
         return bytes(self.file.fetch([(offset, offset + count)])[0]) if count else b""
 
 
-def _mapped(file: Path) -> mmap.mmap:
-    """The whole file as a buffer that takes no memory of its own; the library keeps it while it sends."""
+def _content(file: Path) -> bytes | mmap.mmap:
+    """All of a file; of a large one a map, which takes no memory of its own.
+
+    The library keeps it while it sends. A disk that fails under a map ends the process, and the same command resumes.
+    """
+    if file.stat().st_size <= SINGLE_PUT:
+        return file.read_bytes()
     with file.open("rb") as opened:
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 

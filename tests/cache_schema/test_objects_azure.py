@@ -279,6 +279,16 @@ def test_an_environment_that_cannot_be_used_is_said_without_repeating_it(monkeyp
         assert caught.value.__suppress_context__
 
 
+def test_an_environment_without_credentials_is_said_at_once(monkeypatch):
+    use_no_store(monkeypatch, max_retries=0)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT)
+    monkeypatch.setenv("AZURE_MSI_ENDPOINT", "http://127.0.0.1:1")  # a machine of Azure's would have credentials there
+    with pytest.raises(StoreUnavailable, match="no credentials for az:// were found in the environment") as caught:
+        FeatureStore.open(locate("az://features/x"), "tokens")
+    assert caught.value.refused
+    assert ACCOUNT not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "endpoint", "said"),
     [
