@@ -103,7 +103,7 @@ def test_03_a_second_ctrl_c_leaves_at_once_and_the_store_is_readable_and_goes_on
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGINT)
             time.sleep(pause)
-        child.join(10)
+        child.join(60)
         assert child.exitcode == 130
         assert {p.kind for p in verify.full(FeatureStore.open(tmp_path / "store", "tokens"))} <= {"missing"}
     extract(job, wanted(world / "videos"))
