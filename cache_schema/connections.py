@@ -29,6 +29,16 @@ TIMEOUTS = {
     "timeout": timedelta(minutes=5),
 }
 _KINDS = {"Connect": "no connection", "Timeout": "no answer in time", "Request": "the connection broke"}
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"),
+}  # the library reads them all, the last one where AZURE_STORAGE_USE_EMULATOR is on
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_SERVICE_ACCOUNT (a file) or GOOGLE_SERVICE_ACCOUNT_KEY (its text)",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_KEY",
+}
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Item = TypeVar("Item")
@@ -70,14 +80,22 @@ class ObjectChanged(StoreUnavailable):
 def connect(scheme: str, bucket: str) -> Any:
     """The library's store of one bucket; credentials come from the environment and stay in there."""
     from obstore import store
+    from obstore.exceptions import BaseError
 
-    options: dict[str, Any] = {"client_options": TIMEOUTS, "retry_config": RETRY}
-    if scheme == "gs":
-        return store.GCSStore(bucket, **options)
-    if scheme == "az":
-        return store.AzureStore(bucket, **options)
-    client = {**TIMEOUTS, **_plain_http()}
-    return store.S3Store(bucket, config={"copy_if_not_exists": "multipart"}, **{**options, "client_options": client})
+    client: Any = {**TIMEOUTS, **_plain_http(scheme)}
+    options: dict[str, Any] = {"client_options": client, "retry_config": RETRY}
+    try:
+        if scheme == "gs":
+            return store.GCSStore(bucket, **options)
+        if scheme == "az":
+            return store.AzureStore(bucket, **options)
+        return store.S3Store(bucket, config={"copy_if_not_exists": "multipart"}, **options)
+    except BaseError:
+        raise StoreUnavailable(
+            f"{scheme}:// cannot be used with what the environment holds: a variable is missing, is not well formed, "
+            f"or names a file that is not there.\nThe usual ones are {_CREDENTIALS[scheme]}.",
+            refused=True,
+        ) from None
 
 
 def forget_connections() -> None:
@@ -85,24 +103,29 @@ def forget_connections() -> None:
     connect.cache_clear()
 
 
-def _plain_http() -> dict[str, bool]:
-    """Whether AWS_ENDPOINT_URL may be http:// — only on this machine, unless AWS_ALLOW_HTTP says otherwise."""
-    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or "")
-    if endpoint.username or endpoint.password:
-        raise StoreUnavailable(
-            "AWS_ENDPOINT_URL holds a user name or password (not repeated here). Give credentials as "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
-            refused=True,
-        )
-    if endpoint.scheme != "http" or os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"):
-        return {}
-    if endpoint.hostname not in _LOOPBACK:
-        raise StoreUnavailable(
-            f"AWS_ENDPOINT_URL is plain http to {endpoint.hostname}: everything would travel unprotected.\n"
-            "Use https://, or allow it with:\n  export AWS_ALLOW_HTTP=true",
-            refused=True,
-        )
-    return {"allow_http": True}
+def _plain_http(scheme: str) -> dict[str, bool]:
+    """Whether endpoints may be http:// — only on this machine, unless e.g. AWS_ALLOW_HTTP says otherwise."""
+    allow, plain = f"{_ENDPOINTS[scheme][0].partition('_')[0]}_ALLOW_HTTP", False
+    for name in _ENDPOINTS[scheme]:
+        endpoint = urlsplit(os.environ.get(name, ""))
+        if endpoint.username or endpoint.password or endpoint.query or endpoint.fragment:
+            raise StoreUnavailable(
+                f"{name} holds a user name, password or option (not repeated here). Give credentials as "
+                f"{_CREDENTIALS[scheme]}.",
+                refused=True,
+            )
+        if endpoint.scheme == "http" and endpoint.hostname not in _LOOPBACK and not _is_on(allow):
+            raise StoreUnavailable(
+                f"{name} is plain http to {endpoint.hostname}: everything would travel unprotected.\n"
+                f"Use https://, or allow it with:\n  export {allow}=true",
+                refused=True,
+            )
+        plain = plain or endpoint.scheme == "http"
+    return {"allow_http": True} if plain else {}
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "on", "yes", "y")
 
 
 # --- several requests at a time

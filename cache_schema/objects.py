@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import os
 import re
 import secrets
@@ -24,6 +25,7 @@ SINGLE_PUT = 32 << 20  # a larger shard goes up in parts under another key, and 
 PART, PARTS_IN_FLIGHT = 8 << 20, 8  # of an upload: 64 MiB of memory
 RANGE = 8 << 20  # bytes of one GET
 MAX_SHARD_OBJECT = 5 * 10**9  # frames of one shard; S3 copies at most 5 GiB in one request
+LOOKS = 20  # at an object that is replaced again and again while its end is read in two requests
 ATTEMPTS = 3  # at one commit whose answers are lost, on top of the library's retries of one request
 # The end of a shard: its index (at most 16 MiB) and the trailer, whose checksum covers the footer with all checksums.
 _COMPARED = 17 << 20
@@ -179,14 +181,22 @@ class ObjectPath:
         try:
             return self._get({"range": {"suffix": count}})
         except NotSupportedError:  # Azure: the size first, then a plain range
-            size, e_tag = self.head()
+            pass
         except StoreUnavailable as failure:
-            if failure.status not in (200, 416):
-                raise
+            if failure.status not in (200, 416) or self.head()[0]:
+                raise  # only an empty object has no range
+        for attempt in range(LOOKS):
             size, e_tag = self.head()
-            if size:  # only an empty object has no range
-                raise
-        return self.pinned(e_tag)._get({"range": (max(0, size - count), size)}) if size else (b"", 0, e_tag, {})
+            if self.e_tag not in ("", e_tag):
+                raise ObjectChanged(self)
+            if not size:
+                return b"", 0, e_tag, {}
+            try:
+                return self.pinned(e_tag)._get({"range": (max(0, size - count), size)})
+            except ObjectChanged:  # between the two requests: look again, unless this very version was asked for
+                if self.e_tag or attempt + 1 == LOOKS:
+                    raise
+        raise AssertionError("unreachable")
 
     def _get(self, options: Mapping[str, Any]) -> tuple[Any, int, str, Mapping[str, str]]:
         """Bytes, size of the object, entity tag, attributes."""
@@ -242,12 +252,15 @@ class ObjectPath:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         # In the array's folder, where partial files are swept: a killed writer leaves its upload there.
         folder = replace(self, key=_CHUNK.sub("", self.key), e_tag="") if _CHUNK.search(self.key) else self.parent
-        large = folder / source.name if isinstance(source, Path) and size > SINGLE_PUT else None
+        # Azure takes 5000 MiB in one put, and may go on copying after it has said that a copy was made.
+        in_parts = size > SINGLE_PUT and self.scheme != "az"
+        large = folder / source.name if isinstance(source, Path) and in_parts else None
 
         def put() -> str:
-            body = source if isinstance(source, bytes) else source.read_bytes()
-            mode: Any = {"e_tag": expected} if expected else "create"
-            return obstore.put(store, self.key, body, mode=mode, attributes={WRITE_ID: write_id})["e_tag"] or ""
+            body = source if isinstance(source, bytes) else _content(source)
+            mode: Any = self._version(expected) if expected else "create"
+            options: Any = {"mode": mode, "use_multipart": False, "attributes": {WRITE_ID: write_id}}
+            return obstore.put(store, self.key, body, **options)["e_tag"] or ""
 
         def copy() -> str:
             if expected and self.head()[1] != expected:
@@ -278,6 +291,18 @@ class ObjectPath:
             if large is not None:
                 with contextlib.suppress(StoreUnavailable):  # swept later
                     large.delete()
+
+    def _version(self, e_tag: str) -> dict[str, str]:
+        """What a put is conditioned on; Google does not compare entity tags, it wants the generation."""
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        if self.scheme != "gs":
+            return {"e_tag": e_tag}
+        now = obstore.head(self._store(), self.key)
+        if now["e_tag"] != e_tag:
+            raise PreconditionError
+        return {"e_tag": e_tag, "version": now["version"] or ""}
 
     def _upload(self, source: Path, write_id: str) -> None:
         import obstore
@@ -338,6 +363,17 @@ class Tail:
         if offset >= first:
             return bytes(memoryview(self.data)[offset - first : offset - first + count])
         return bytes(self.file.fetch([(offset, offset + count)])[0]) if count else b""
+
+
+def _content(file: Path) -> bytes | mmap.mmap:
+    """All of a file; of a large one a map, which takes no memory of its own.
+
+    The library keeps it while it sends. A disk that fails under a map ends the process, and the same command resumes.
+    """
+    if file.stat().st_size <= SINGLE_PUT:
+        return file.read_bytes()
+    with file.open("rb") as opened:
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 StorePath = Path | ObjectPath

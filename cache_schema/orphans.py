@@ -35,6 +35,15 @@ def find(store: StorePath, *, dead_hosts: Collection[str] = frozenset()) -> list
         dead_hosts: machines that are known to be gone, so that what their processes left counts as dead. Whether a
             process of another machine lives cannot be known from here.
     """
+    found = _look(store, dead_hosts)
+    unplanned = {orphan.path for orphan in found if orphan.kind == "unplanned"}
+    if not unplanned:
+        return found
+    # Made by somebody after the plan was read and before the folder was: that is planned when all is read again.
+    return [orphan for orphan in _look(store, dead_hosts) if orphan.kind != "unplanned" or orphan.path in unplanned]
+
+
+def _look(store: StorePath, dead_hosts: Collection[str]) -> list[Orphan]:
     found: list[Orphan] = []
     modalities = metadata.list_modalities(store)
     arrays = {store / modality for modality in modalities}

@@ -42,6 +42,7 @@ def probe(store: ObjectPath) -> list[Probe]:
         ("exchange of one version", "growth of an array by two writers could be lost", lambda: _exchange(one)),
         ("large shards", "a shard above 32 MiB would not be committed, or twice", lambda: _large(large)),
         ("listing", "interrupted uploads would not be swept", lambda: _listing(folder, one, large)),
+        ("deleting", "nothing could be cleaned up, and what was tried here stays", lambda: _deleting(one)),
     ]
     try:
         one.create(content)  # a store that is away or refuses is no store that lacks something
@@ -66,8 +67,7 @@ def _try(name: str, without: str, attempt: Callable[[], str]) -> Probe:
 
 def _create_only(file: ObjectPath, content: bytes) -> str:
     if file.create(b"another") is not None or bytes(file.fetch([(0, len(content))])[0]) != content:
-        file.delete()
-        file.create(content)  # for the next probes
+        file.exchange(content, file.head()[1])  # for the next probes
         return "a second put of the same key was accepted"
     return ""
 
@@ -133,3 +133,8 @@ def _large(file: ObjectPath) -> str:
 def _listing(folder: ObjectPath, *files: ObjectPath) -> str:
     names = {entry.name for entry in folder.iterdir()}
     return "" if names >= {file.name for file in files} else "what was just written is not listed"
+
+
+def _deleting(file: ObjectPath) -> str:
+    file.delete()
+    return "what was deleted is still there" if file.is_file() else ""

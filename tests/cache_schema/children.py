@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from cache_schema import claims, write_tasks_together
@@ -62,25 +63,34 @@ def race(path: Path, barrier: Any, results: Any, salt: int) -> None:
     results.put([(report.shards, report.skipped) for report in reports])
 
 
-def share(path: Path, seed: int, claimed: bool) -> None:
+SLOWED = ("fsync", "link", "rename", "replace", "unlink")
+PLACES = ("start", *SLOWED, "work", "end")
+
+
+def share(path: Path, seed: float, claimed: bool, at: Any = None) -> None:
     """The whole extraction beside another one, slow inside every flush, link and rename, so that kills land there.
 
-    Without claims both processes execute the same tasks at once.
+    Without claims both processes execute the same tasks at once. ``at`` (shared memory, so it outlives a kill) is
+    the number in ``PLACES`` of where this process is.
     """
-    rng = random.Random(seed)
+    rng, told = random.Random(seed), SimpleNamespace(value=0) if at is None else at
 
-    def slowed(real: Any) -> Any:
+    def slowed(name: str) -> Any:
+        real = getattr(os, name)
+
         def call(*args: Any, **kwargs: Any) -> Any:
+            told.value = PLACES.index(name)
             time.sleep(rng.uniform(0.0, 0.002))
             result = real(*args, **kwargs)
             time.sleep(rng.uniform(0.0, 0.002))
+            told.value = PLACES.index("work")
             return result
 
         return call
 
-    os.fsync = lambda _: time.sleep(rng.uniform(0.0, 0.003))
-    for name in ("link", "unlink", "rename", "replace"):
-        setattr(os, name, slowed(getattr(os, name)))
+    for name in SLOWED:
+        setattr(os, name, slowed(name))
+    told.value = PLACES.index("work")
     stores = {name: create(path, name) for name in SPECS}
     first = stores["tokens"]
     first.extend_plan(WANTED)
@@ -97,3 +107,4 @@ def share(path: Path, seed: int, claimed: bool) -> None:
         with claim:
             write_tasks_together(stores, task, producer(list(SPECS), bad={"dog": 1}))
     first.finalize()
+    told.value = PLACES.index("end")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from cache_schema import index, metadata
-from tests.object_servers import Moto, use
+from tests.object_servers import Azurite, Moto, use, use_azure
 
 # Time limits per example say more about the other work on the machine than about the code.
 settings.register_profile("cache", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -69,3 +69,20 @@ def s3(moto, monkeypatch):
     use(monkeypatch, moto.port)
     moto.make_bucket("features")
     return f"s3://features/{secrets.token_hex(6)}"
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory):
+    """Azure's own emulator, one for all tests of a process; skips where the npm package is absent."""
+    server = Azurite(tmp_path_factory.mktemp("azurite"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def az(azurite, monkeypatch):
+    """URL of an empty prefix in a container of Azurite."""
+    use_azure(monkeypatch, azurite.port)
+    azurite.make_container("features")
+    return f"az://features/{secrets.token_hex(6)}"

@@ -82,6 +82,20 @@ def test_48_no_clock_of_another_machine_decides_when_a_lease_is_over(folder, yea
     assert claims.take(folder, 0, lease_s=30) is None
 
 
+def test_07_the_claim_of_a_dead_host_is_taken_over_when_its_lease_is_over_and_that_is_logged(
+    folder, monkeypatch, caplog
+):
+    now = [1000.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    claim_of(folder, host="node-7", pid=12)
+    assert claims.take(folder, 0) is None
+    now[0] += claims.LEASE_S
+    with caplog.at_level(logging.WARNING), claims.take(folder, 0) as claim:
+        assert claims.holder_of(claim.file)["host"] == files.HOST
+    assert "shard 0" in caplog.text
+    assert '"host": "node-7"' in caplog.text
+
+
 def test_a_claim_that_was_taken_over_is_left_to_its_new_holder(folder):
     with claims.take(folder, 0) as claim:
         claim_of(folder, host="elsewhere")
@@ -120,11 +134,13 @@ def test_claims_are_never_trusted_two_holders_of_one_task_write_one_store(tmp_pa
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_claims_in_an_object_store_are_held_kept_fresh_taken_over_and_swept(s3, monkeypatch):
+@pytest.mark.parametrize("kind", ["s3", "az"])
+def test_claims_in_an_object_store_are_held_kept_fresh_taken_over_and_swept(kind, request, monkeypatch):
+    url = request.getfixturevalue(kind)
     now = [1e9]
     monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(claims, "TOUCH_S", -1)
-    folder = create(locate(s3)).layout.info.folder
+    folder = create(locate(url)).layout.info.folder
     claim = claims.take(folder, 3)
     assert claims.take(folder, 3) is None
     monkeypatch.setattr(files, "HOST", "elsewhere")  # seen from another machine: it cannot know the process
@@ -142,8 +158,8 @@ def test_claims_in_an_object_store_are_held_kept_fresh_taken_over_and_swept(s3, 
     other.give_up()
     assert claims.found(folder) == []
     claims.claim_file(folder, 4).write(files.canonical_json({"host": "elsewhere", "pid": os.getpid(), "started": 0}))
-    assert [(o.path.name, o.dead) for o in orphans.find(locate(s3))] == [(".shard-4.claim", True)]
-    create(locate(s3))
+    assert [(o.path.name, o.dead) for o in orphans.find(locate(url))] == [(".shard-4.claim", True)]
+    create(locate(url))
     assert claims.found(folder) == []
 
 

@@ -1,10 +1,14 @@
-"""Servers and writers that are killed with -9, on SeaweedFS, whose data survive on disk; the end is the same bytes."""
+"""Servers and writers that are killed with -9; the end is the same bytes.
+
+The server is SeaweedFS, whose data survive on disk. Writers are killed on Azurite too.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import random
+import signal
+import threading
 import time
 
 import pytest
@@ -14,7 +18,7 @@ from cache_schema.connections import StoreUnavailable
 from cache_schema.objects import locate
 from tests.cache_schema.makers import WANTED, create, extract, features
 from tests.cache_schema.test_objects import bytes_of, files_of
-from tests.object_servers import KEY, SECRET, Seaweed, use
+from tests.object_servers import KEY, SECRET, FaultProxy, Seaweed, use, use_azure
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["zarr", "obstore", "tests.cache_schema.children"])
@@ -45,47 +49,76 @@ def store(seaweed, monkeypatch, request):
 
 
 def check_what_is_left(store):
-    """Every shard is whole or absent, and every frame that can be read is right."""
+    """Every shard is whole or absent, and every frame that can be read is right; ``videos/`` may be old."""
     for modality in MODALITIES:
         try:
             opened = FeatureStore.open(store, modality)
         except CacheError as error:
             assert "no cache" in str(error) or "holds no" in str(error)  # noqa: PT017
             continue
-        assert {problem.kind for problem in verify.full(opened)} <= {"missing"}
+        assert {problem.kind for problem in verify.full(opened)} <= {"missing", "videos_index"}
         for video, status in opened.status().items():
             if status.ok:
                 index = list(SMALL[video])
                 assert (opened.read(video, index) == features(modality, video, index)).all()
 
 
-def run_slowly(store, single_put, environment):
+def write(store, single_put, environment):
     os.environ.update(environment)  # the fork server may be older than the store's credentials
     objects.SINGLE_PUT = single_put
-    extract(store, MODALITIES, SMALL, on_batch=lambda _: time.sleep(0.01))
+    extract(store, MODALITIES, SMALL)
 
 
-@pytest.mark.parametrize("single_put", [objects.SINGLE_PUT, 1000])
-def test_writers_killed_at_random_moments_leave_no_half_shard_and_the_next_one_finishes(store, whole, single_put):
-    store = store / str(single_put)
-    began = time.monotonic()
-    child = CONTEXT.Process(target=run_slowly, args=(store / "timed", single_put, dict(os.environ)))
-    child.start()
-    child.join(500)
-    assert child.exitcode == 0
-    took, rng, killed = time.monotonic() - began, random.Random(3), 0
-    for _ in range(4):
-        child = CONTEXT.Process(target=run_slowly, args=(store / "killed", single_put, dict(os.environ)))
-        child.start()
-        time.sleep(rng.uniform(0.2, 0.9) * took)
-        child.kill()
-        child.join(60)
-        killed += child.exitcode == -9
+class Executioner:
+    """Kills the writer at its n-th request that changes the store; the store gets that request or does not."""
+
+    def __init__(self, server, point_at, at=0, *, passed_on=True):
+        self.point_at, self.at, self.passed_on, self.count, self.writer = point_at, at, passed_on, 0, None
+        self.counting, self.proxy = threading.Lock(), FaultProxy(server.port, self.decide)
+
+    def decide(self, method, _path, _headers):
+        with self.counting:
+            self.count += method not in ("GET", "HEAD")
+            if method in ("GET", "HEAD") or self.count != self.at:
+                return None
+        self.writer.kill()
+        return None if self.passed_on else "reset"
+
+    def run(self, store, single_put, monkeypatch):
+        """How the writer ended."""
+        with self.proxy as proxy:
+            self.point_at(monkeypatch, proxy.port, max_retries=20)
+            self.writer = CONTEXT.Process(target=write, args=(store, single_put, dict(os.environ)))
+            self.writer.start()
+            self.writer.join(500)
+            while proxy.under_way:  # the store may still be at work on what the dead one asked
+                time.sleep(0.01)
+        return self.writer.exitcode
+
+
+@pytest.mark.parametrize("passed_on", [True, False])
+@pytest.mark.parametrize(("kind", "single_put"), [("s3", objects.SINGLE_PUT), ("s3", 1000), ("az", objects.SINGLE_PUT)])
+def test_writers_killed_at_their_requests_leave_no_half_shard_and_the_next_one_finishes(
+    request, whole, monkeypatch, kind, single_put, passed_on
+):
+    server = request.getfixturevalue({"s3": "seaweed", "az": "azurite"}[kind])
+    store = request.getfixturevalue("store") if kind == "s3" else locate(request.getfixturevalue("az"))
+    store, point_at = store / f"{single_put}-{passed_on}", {"s3": use, "az": use_azure}[kind]
+    uninterrupted = Executioner(server, point_at)
+    assert uninterrupted.run(store / "whole", single_put, monkeypatch) == 0
+    assert uninterrupted.count > (30 if single_put > 1000 else 60)
+    ended = []
+    for at in (1, 2, 4, 7, 5, 9, 14, 3, 11, 6):  # each run goes on where the last one died
+        executioner = Executioner(server, point_at, at, passed_on=passed_on)
+        ended.append(executioner.run(store / "killed", single_put, monkeypatch))
+        point_at(monkeypatch, server.port, max_retries=20)
         check_what_is_left(store / "killed")
-    if not killed:
-        pytest.skip("every writer was done before it could be killed")
+        if ended[-1] == 0:
+            break
+    assert ended[:5] == [-signal.SIGKILL] * 5
+    assert set(ended[5:]) <= {-signal.SIGKILL, 0}
     extract(store / "killed", MODALITIES, SMALL)
-    assert bytes_of(str(store / "killed")) == whole == bytes_of(str(store / "timed"))
+    assert bytes_of(str(store / "killed")) == whole == bytes_of(str(store / "whole"))
 
 
 def test_a_server_that_is_killed_and_comes_back_is_waited_for_or_the_run_resumes(seaweed, store, whole, monkeypatch):

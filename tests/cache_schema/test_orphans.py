@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -58,6 +60,33 @@ def test_what_this_process_is_writing_is_no_dead_orphan(tmp_path):
     extract(tmp_path, on_batch=lambda _: seen.extend(orphans.find(tmp_path)))
     assert {orphan.kind for orphan in seen} == {"partial", "claim"}
     assert not any(orphan.dead for orphan in seen)
+
+
+def test_what_another_process_makes_while_orphans_are_looked_for_is_none(tmp_path, monkeypatch):
+    """Shards of a growth, new modalities, a shard at work: made before the n-th look at a folder, for every n."""
+    extract(tmp_path / "sound")
+    real, calls = files.names_in, 0
+    for at in range(100):
+        store = shutil.copytree(tmp_path / "sound", tmp_path / str(at))
+        calls = 0
+
+        def then_another_makes_more(folder, at=at, store=store):
+            nonlocal calls
+            calls += 1
+            if calls == at + 1:
+                with monkeypatch.context() as patched:
+                    patched.setattr(files, "names_in", real)
+                    extract(store, list(SPECS), {**WANTED, "new": range(20)})
+                    partial(store / "tokens", os.getppid())
+            return real(folder)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "names_in", then_another_makes_more)
+            found = orphans.find(store)
+        assert [(orphan.path, at) for orphan in found if orphan.dead or orphan.kind == "unplanned"] == []
+        if calls <= at:
+            break
+    assert 8 < at < 99
 
 
 def samples(folder):

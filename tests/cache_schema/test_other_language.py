@@ -1,15 +1,11 @@
 """The store in a reader of another language: zarrita, for JavaScript.
 
-Needs node and the npm package zarrita; ``DIFF_LMM_ZARRITA`` names the folder with its node_modules
-(``npm install zarrita`` there). Without them the test is skipped.
+Needs node and the npm package zarrita (``tests.node_packages`` says where); tried with zarrita 0.7.5 on node 20.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +13,7 @@ import pytest
 from cache_schema import FeatureStore
 from tests.cache_schema.makers import SPECS, extract
 from tests.cache_schema.test_format import as_bits, expected_rows
+from tests.node_packages import node_package
 
 SCRIPT = """
 import * as zarr from "zarrita";
@@ -37,10 +34,7 @@ console.log(JSON.stringify({ shape, dtype: array.dtype }));
 
 @pytest.fixture(scope="module")
 def node_modules():
-    folder = Path(os.environ.get("DIFF_LMM_ZARRITA", ""))
-    if shutil.which("node") is None or not (folder / "node_modules/zarrita").is_dir():
-        pytest.skip("node or the npm package zarrita is absent (DIFF_LMM_ZARRITA)")
-    return folder
+    return node_package("zarrita")
 
 
 @pytest.mark.parametrize("modality", ["pooled/layer8", "tokens"])

@@ -233,6 +233,13 @@ def test_a_store_can_be_moved_and_pickled(tmp_path):
     np.testing.assert_array_equal(moved.read("elk", [6]), features("tokens", "elk", [6]))
 
 
+def test_18_no_file_of_a_store_holds_where_it_lies(tmp_path):
+    extract(tmp_path / "a-place-of-its-own", list(SPECS), bad={"dog": 1})
+    for name, data in tree(tmp_path / "a-place-of-its-own").items():
+        assert b"a-place-of-its-own" not in data, name
+        assert str(tmp_path).encode() not in data, name
+
+
 def test_facts_of_the_source_are_kept_also_for_a_run_of_shards(filled):
     store = FeatureStore.open(filled, "tokens")
     assert store.facts("cat") == {"size": 3, "pts": list(range(20))}

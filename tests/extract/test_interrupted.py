@@ -1,13 +1,15 @@
-"""Signals, a full disk, two extractions of one store, too little memory: with real videos and a real encoder."""
+"""Signals, a full or read-only disk, two extractions of one store, too little memory: real videos, a real encoder."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,24 @@ def test_02_a_signal_drops_the_shard_at_hand_and_exits_75_and_the_next_run_ends_
     assert tree(tmp_path / "store") == whole
 
 
+def test_03_a_second_ctrl_c_leaves_at_once_and_the_store_is_readable_and_goes_on(
+    world: Path, make_job: MakeJob, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    job = make_job(world / "videos", tmp_path / "store")
+    for pause in (0.0, 0.01, 0.1):
+        child, started, _ = start(job, slow=0.5)
+        assert started.wait(120)
+        for _ in range(2):
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGINT)
+            time.sleep(pause)
+        child.join(60)
+        assert child.exitcode == 130
+        assert {p.kind for p in verify.full(FeatureStore.open(tmp_path / "store", "tokens"))} <= {"missing"}
+    extract(job, wanted(world / "videos"))
+    assert tree(tmp_path / "store") == whole
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 300 kB: one shard of 180 kB, and a half."""
@@ -115,6 +135,27 @@ def test_04_a_full_disk_exits_75_harms_nothing_and_the_next_run_with_room_ends_t
     assert store.status(), "nothing was committed before the disk was full"
     assert not list(small_disk.rglob("*.partial"))
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    extract(job, wanted(world / "videos"))
+    assert tree(small_disk / "store") == whole
+
+
+def test_05_a_disk_that_cannot_be_written_exits_5_with_the_path_and_harms_nothing(
+    small_disk: Path, world: Path, make_job: MakeJob, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    job = make_job(world / "videos", small_disk / "store")
+    extract(job, wanted(world / "videos"))
+    shard = FeatureStore.open(small_disk / "store", "tokens").layout.info.shard_file(1)
+    shard.unlink()
+    left = tree(small_disk / "store")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(typer.Exit) as caught, guard():
+        extract(job, wanted(world / "videos"))
+    assert caught.value.exit_code == 5
+    said = capsys.readouterr().err
+    assert re.search(rf"error: .*Read-only file system: {small_disk}/store", said), said
+    assert tree(small_disk / "store") == left
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     extract(job, wanted(world / "videos"))
     assert tree(small_disk / "store") == whole
 

@@ -182,6 +182,31 @@ def test_08_10_damage_is_listed_with_what_to_run_and_repaired_to_the_same_bytes(
     assert run("cache", "repair", *options).stdout == "no damaged shard; nothing to do\n"
 
 
+@pytest.mark.parametrize("damage", ["deleted", "empty", "half", "swapped"])
+def test_08_09_11_12_training_on_a_damaged_store_is_refused_with_4_and_the_command(
+    copy: tuple[Path, list[object]], made: tuple[Path, list[str]], tmp_path: Path, damage: str
+) -> None:
+    store, options = copy
+    first, second = shard(store, 0), shard(store, 4)  # of the training split
+    if damage == "deleted":
+        first.unlink()
+    elif damage == "swapped":
+        data = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(data)
+    else:
+        os.truncate(first, 0 if damage == "empty" else first.stat().st_size // 2)
+    learn = [f"data.annotations={made[0].parent / 'world/lvu'}", "data.name=lvu", "train.epochs=1"]
+    learn = [word for setting in learn for word in ("--set", setting)]
+    done = run("train-student", *options, *learn, "--out", tmp_path / "run", "--device", "cpu")
+    assert done.exit_code == 4, done.output
+    assert "pipeline extract-clip" in done.stderr
+    assert damage == "deleted" or str(store / "tokens/c") in done.stderr
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert ask("cache", "repair", *options, "--device", "cpu")[0] == 0
+    assert ask("cache", "verify", *options, "--full")[0] == 0
+
+
 def test_17_a_replaced_video_is_reported_and_its_features_are_made_again_in_every_modality(
     copy: tuple[Path, list[object]], made: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
