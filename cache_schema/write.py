@@ -184,8 +184,8 @@ class _ModalityWriter:
             return
         # In pieces that stay in the processor's cache from the first look at them to the last.
         for first in range(0, len(batch), self._piece):
-            piece = batch[first : first + self._piece]
-            refuse_non_finite(piece, segment.frame_index[done + first :])
+            piece, at = batch[first : first + self._piece], done + first
+            refuse_non_finite(piece, segment.frame_index[at : at + len(piece)])
             self._write(as_stored(self.store, piece))
 
     def _write(self, frames: Array) -> None:
