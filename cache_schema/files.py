@@ -29,9 +29,22 @@ from cache_schema.objects import ObjectPath, StorePath
 MAX_METADATA_BYTES = 1 << 20  # zarr.json
 MAX_PLAN_BYTES = 1 << 30  # one generation of a plan: about 100 bytes a video
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "localhost"
+_FIRST_NAMESPACE = "pid:[4026531836]"  # of processes, on every Linux; a container has another one
 _PARTIAL = re.compile(r"^\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d{1,10})\.[0-9a-f]{8}\.partial$")
 _ours: set[Path] = set()  # partial files this process is working on
+
+
+def _host() -> str:
+    """This machine, or this container: where the numbers of processes mean the same."""
+    name = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "localhost"
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        return name
+    return name if namespace == _FIRST_NAMESPACE else f"{name}-{namespace[5:-1]}"
+
+
+HOST = _host()
 
 
 def partial_path(folder: StorePath, name: str) -> Path:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from cache_schema import CacheCorrupt, CacheMissing, FeatureStore, SegmentResult, orphans, verify
+from cache_schema import CacheCorrupt, CacheMissing, FeatureStore, SegmentResult, files, orphans, verify
 from cache_schema.objects import ObjectPath, locate
 from cache_schema.repair import repair_shard
 from tests.cache_schema.makers import WANTED, extract, features, producer
@@ -98,3 +101,19 @@ def test_a_reader_gets_right_frames_or_an_error_and_all_of_them_in_the_end(kind,
     assert during["wrong"] == after["wrong"] == 0
     assert during["right"] > 50
     assert after == {"right": len(MODALITIES) * len(VIDEOS), "wrong": 0, "refused": 0, "failed before": 0}
+
+
+def test_processes_of_another_container_are_not_taken_for_dead(tmp_path):
+    """Two containers of one machine may have one hostname, and in neither does the other's process number mean it."""
+    apart = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("no right to make a process namespace (unshare --pid)")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    partial = files.partial_path(folder, "shard-0")
+    partial.touch()
+    sweep = "import sys; from pathlib import Path; from cache_schema import files; files.sweep(Path(sys.argv[1]))"
+    # There, no process has this one's number.
+    subprocess.run([*apart, sys.executable, "-c", sweep, str(folder)], check=True)
+    assert partial.exists()
+    files.discard(partial)
