@@ -118,10 +118,12 @@ class Lab:
 
     def data(self, config: PipelineConfig) -> dict[str, Remembered]:
         """The three splits with the targets that this configuration names."""
-        key = (config.data.task, str(config.data.num_frames), str(config.teacher.grid), str(config.teacher.layer))
+        aligned = config.train.lambda_kd > 0  # without, no teacher need have seen the videos
+        teacher = (str(config.teacher.grid), str(config.teacher.layer)) if aligned else ()
+        key = (config.data.task, str(config.data.num_frames), str(config.data.stride_s), *teacher)
         if key not in self._data:
             dataset = load_dataset(config)
-            stores = open_stores(config, self.cache, aligned=True)
+            stores = open_stores(config, self.cache, aligned=aligned)
             self._data[key] = {
                 split: Remembered(dataset.samples(split), *(stores if split == "train" else stores[:1]))
                 for split in dataset.splits
