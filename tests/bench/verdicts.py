@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import overrides, presets
@@ -32,7 +34,7 @@ from stages.config import PipelineConfig
 from stages.data.samples import Batch, CachedSamples, few
 from stages.decode.metrics import is_correct
 from stages.decode.statistics import paired
-from stages.train.loop import Trainer, make_schedule
+from stages.train.loop import Trainer, make_schedule, module_weights
 from stages.train.probes import ridge_r2
 from tests.bench.bench_layout import where
 
@@ -48,6 +50,7 @@ class Arm:
     control: str = ""  # shuffled: targets of another video; constant: their mean; order: frames in random order
     unlabelled: bool = False  # the alignment sees every training video, L_ce the labelled ones
     before: int = 0  # steps of alignment alone, before as many of L_ce alone as ever
+    time_code: float = 0.0  # standard deviation of what PE starts from (``half_circle``) instead of zero
 
 
 ARMS = {
@@ -61,6 +64,8 @@ ARMS = {
     "shuffled": Arm((), control="shuffled"),
     "constant": Arm((), control="constant"),
     "order": Arm(("train.lambda_kd=0",), control="order"),
+    "time-code": Arm(("train.lambda_kd=0",), time_code=0.5),
+    "time-code-weak": Arm(("train.lambda_kd=0",), time_code=0.25),
     "no-banks": Arm(("train.lambda_kd=0", "student.name=no_memory")),
     "unlabelled": Arm((), unlabelled=True),
     "unlabelled-center": Arm(("align.target_norm=center",), unlabelled=True),
@@ -112,33 +117,33 @@ class Lab:
 
     cache: Path
     sets: tuple[str, ...]
+    start: Path | None = None  # a checkpoint of ``train-student`` whose student every run begins with
 
     def __post_init__(self) -> None:
         self._data: dict[tuple[str, ...], dict[str, Remembered]] = {}
 
     def data(self, config: PipelineConfig) -> dict[str, Remembered]:
         """The three splits with the targets that this configuration names."""
-        key = (config.data.task, str(config.data.num_frames), str(config.teacher.grid), str(config.teacher.layer))
+        aligned = config.train.lambda_kd > 0  # without, no teacher need have seen the videos
+        teacher = (str(config.teacher.grid), str(config.teacher.layer)) if aligned else ()
+        key = (config.data.task, str(config.data.num_frames), str(config.data.stride_s), *teacher)
         if key not in self._data:
             dataset = load_dataset(config)
-            stores = open_stores(config, self.cache, aligned=True)
+            stores = open_stores(config, self.cache, aligned=aligned)
             self._data[key] = {
                 split: Remembered(dataset.samples(split), *(stores if split == "train" else stores[:1]))
                 for split in dataset.splits
             }
         return self._data[key]
 
-    def run(self, arm: Arm, extra: Sequence[str], seed: int, *, tune: bool) -> dict[str, Any]:
-        """One run from start to score."""
+    def run(self, arm: Arm, extra: Sequence[str], seed: int, *, tune: bool, weights: Path | None) -> dict[str, Any]:
+        """One run from start to score. ``weights``: the trained student is kept there, or taken from there."""
         config = overrides.apply(presets.miniature(), [*self.sets, *arm.sets, *extra, f"train.seed={seed}"])
         splits = self.data(config)
         everything = splits["train"]
-        aligned = config.train.lambda_kd > 0
-        train = Remembered(
-            few(everything.samples, config.train.max_samples, seed),
-            everything.tokens,
-            everything.pooled if aligned else None,
-        )
+        chosen = few(everything.samples, config.train.max_samples, seed)
+        whole = len(chosen) == len(everything)
+        train = copy.copy(everything) if whole else Remembered(chosen, everything.tokens, everything.pooled)
         if arm.control == "order":
             train = train.in_random_order(seed)
             splits = {name: part.in_random_order(seed + 1) for name, part in splits.items()}
@@ -146,8 +151,21 @@ class Lab:
             train.changed(arm.control, everything.target_moments()[0])
         started = time.process_time()
         trainer = build_trainer(config, train, "cpu")
-        trainer.student.train()
-        _train(trainer, train, everything, arm, config)
+        if self.start is not None:
+            trainer.student.load_state_dict(module_weights("student", load_file(self.start)))
+        if arm.time_code:
+            with torch.no_grad():
+                trainer.student.image_pe.weight[: config.data.num_frames] = arm.time_code * half_circle(
+                    config.data.num_frames, trainer.student.image_pe.embedding_dim
+                )
+        if weights is not None and weights.exists():
+            trainer.student.load_state_dict(load_file(weights))
+        else:
+            trainer.student.train()
+            _train(trainer, train, everything, arm, config)
+            if weights is not None:
+                weights.parent.mkdir(parents=True, exist_ok=True)
+                save_file(trainer.student.state_dict(), weights)
         seconds = time.process_time() - started
         trainer.student.eval()
         result: dict[str, Any] = {"cpu_seconds": round(seconds, 1)}
@@ -159,6 +177,14 @@ class Lab:
             result["r2_place"] = _place_r2(trainer, splits, config)
         result["train"] = _right(trainer, train).mean()
         return result
+
+
+def half_circle(length: int, width: int) -> Float[Tensor, "T C"]:
+    """A code per frame, on half a circle through two fixed random directions: neighbours are alike, ends opposite."""
+    one, two = torch.randn(2, width, generator=torch.Generator().manual_seed(1))
+    angle = torch.linspace(0, torch.pi, length)[:, None]
+    code: Tensor = torch.cos(angle) * one + torch.sin(angle) * two
+    return code
 
 
 def _train(trainer: Trainer, train: Remembered, everything: Remembered, arm: Arm, config: PipelineConfig) -> None:
@@ -249,6 +275,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("cache/miniature/features"))
     parser.add_argument("--out", type=Path, default=Path("runs/verdicts"))
     parser.add_argument("--tune", action="store_true", help="score on val only")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep trained students in OUT/kept: what --tune trained, test can score"
+    )
+    parser.add_argument("--start", type=Path, help="begin with the student of RUN/checkpoints/STEP/tensors.safetensors")
     parser.add_argument("--table", action="store_true", help="run nothing; the arms beside the first one, as Markdown")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -258,14 +288,18 @@ def main() -> None:
         print(table(runs(path), asked.arms, asked.sets))
         return
     first, _, last = asked.seeds.partition("-")
-    lab = Lab(asked.cache, tuple(asked.sets))
+    lab = Lab(asked.cache, tuple(asked.sets), asked.start)
     for seed in range(int(first), int(last or first) + 1):
         for name in asked.arms:
             key = {"sets": asked.sets, "arm": name, "seed": seed, "tune": asked.tune}
+            key |= {"start": str(asked.start)} if asked.start else {}
             if key in [{k: run.get(k) for k in key} for run in runs(path)]:
                 continue
             kind, _, extra = name.partition(":")
-            result = key | lab.run(ARMS[kind], extra.split(",") if extra else [], seed, tune=asked.tune)
+            digest = hashlib.sha256(json.dumps([asked.sets, name, str(asked.start)]).encode()).hexdigest()[:8]
+            weights = asked.out / "kept" / f"{kind}-{digest}-{seed}.safetensors" if asked.keep else None
+            sets = extra.split(",") if extra else []
+            result = key | lab.run(ARMS[kind], sets, seed, tune=asked.tune, weights=weights)
             with path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             shown = {k: v for k, v in result.items() if k not in ("right", "sets")}
@@ -278,7 +312,7 @@ def table(done: Sequence[Mapping[str, Any]], arms: Sequence[str], sets: Sequence
     videos = [sample.video_id for sample in load_dataset(config).samples("test")]
     found: dict[str, dict[int, Mapping[str, Any]]] = {arm: {} for arm in arms}
     for run in done:
-        if run["arm"] in found and run["sets"] == list(sets) and not run["tune"]:
+        if run["arm"] in found and run["sets"] == list(sets) and not run["tune"] and not run.get("start"):
             found[run["arm"]][run["seed"]] = run
     lines = [
         "| arm | seeds | test top-1 (sd over seeds) | difference (95 %, videos and seeds) | p videos | p seeds "
