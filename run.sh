@@ -89,12 +89,16 @@ failures_only() {
 run_job() {
     # shellcheck disable=SC2206 # SET is a list of words
     local options=(--preset "$PRESET" ${SET:-})
+    local extraction=("${options[@]}") cores
     if [ "$PRESET" = miniature ]; then
+        cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
         say "videos"
-        pipeline synth --videos 2680 --workers "$(getconf _NPROCESSORS_ONLN)"
+        pipeline synth --videos 2680 --workers "$cores"
+        # Its encoders are too small for more than one core. A worker takes 0.7 GB.
+        if [ "$cores" -gt 1 ]; then extraction+=(--workers $((cores < 4 ? cores : 4))); fi
     fi
     say "frozen features: image tokens and diffusion targets"
-    pipeline extract "${options[@]}" || failures_only
+    pipeline extract "${extraction[@]}" || failures_only
     if [ "$PRESET" = miniature ] && [ -z "${SET:-}" ] && [ "$OUT" = runs/miniature ]; then
         say "students, with and without the diffusion teacher, and what they have to beat"
         pipeline tour --out "$OUT"

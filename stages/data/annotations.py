@@ -128,6 +128,7 @@ class QaEntry(Entry):
     frame_length: FrameCount  # at 10 fps
     answer_type: Annotated[str, StringConstraints(strip_whitespace=True, max_length=100)] = ""
     question_id: str | None = None
+    dataset: str = "msvd"  # as MA-LMM's files say of themselves
 
     def video_id(self, key: str) -> str:  # noqa: ARG002 - the key is the question here
         return self.video

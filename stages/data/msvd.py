@@ -62,7 +62,9 @@ class MsvdQaDataset:
         return distinct_answers(self.samples(split))
 
     def published_n(self, split: str) -> int | None:
-        """Number of questions in the published split."""
+        """Number of questions in the published split; None where the annotations are of other videos than MSVD's."""
+        if any(entry.dataset != "msvd" for entry in self._entries.get(split, {}).values()):
+            return None
         return PUBLISHED_QUESTIONS.get(split)
 
 

@@ -7,6 +7,7 @@ its weights after any step are bit-equal to those of ``loop.train`` alone (on CP
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -32,6 +33,7 @@ from stages.train.loop import (
     add,
     make_schedule,
 )
+from stages.train.stopping import whole_steps
 
 # What decides which samples a step reads. Everything else may differ between the students of a pass.
 SHARED = ("seed", "batch_size", "drop_last", "group_windows")
@@ -96,7 +98,8 @@ def train_together(
 
     first_step = min((entrant.first_step for entrant in entrants), default=0)
     order = _Order(running, data, schedules, first_step, end)
-    try:
+    with whole_steps() as asked_to_stop, contextlib.ExitStack() as at_end:
+        at_end.callback(lambda: order.close())  # the one that is there then
         for step in range(first_step, end):
             if order.names != [entrant.name for entrant in running]:  # one has left: others may read otherwise now
                 order.close()
@@ -107,17 +110,18 @@ def train_together(
                 entrant.trainer.begin(schedules[entrant.name].lr(step))
             for cuts, members in order.groups(step):
                 _turns(list(members), data, step, cuts, order.batches, leave)
+            stopping = asked_to_stop()  # asked once, so that all of them stop after the same step
             for entrant in [e for e in active if e in running]:
                 try:
-                    last[entrant.name] = _end_step(entrant, data, step, schedules[entrant.name])
+                    last[entrant.name] = _end_step(entrant, data, step, schedules[entrant.name], stopping=stopping)
                 except (MemoryError, RuntimeError) as error:
                     why = why_dropped(error, step)
                     if why is None:
                         raise
                     leave(entrant, why)
             progress(step + 1, end, f"{len(running)} students")
-    finally:
-        order.close()
+            if stopping:
+                break
     seconds = time.monotonic() - started
     return {name: {"steps": schedules[name].total_steps, "seconds": seconds, **facts} for name, facts in last.items()}
 
@@ -214,7 +218,9 @@ def _take_turn(entrant: Entrant, batch: Batch, *, is_last: bool, step: int, **fa
     return None
 
 
-def _end_step(entrant: Entrant, data: CachedSamples, step: int, schedule: Schedule) -> dict[str, Any]:
+def _end_step(
+    entrant: Entrant, data: CachedSamples, step: int, schedule: Schedule, *, stopping: bool
+) -> dict[str, Any]:
     """Validation, record, diagnostics and checkpoint, as ``loop.train`` does them."""
     done, cfg = step + 1, entrant.trainer.cfg
     epoch_ends = done % schedule.steps_per_epoch == 0 or done == schedule.total_steps
@@ -229,7 +235,7 @@ def _end_step(entrant: Entrant, data: CachedSamples, step: int, schedule: Schedu
         record |= entrant.trainer.probe(data)
     entrant.log(record)
     due = done % cfg.save_every == 0 if cfg.save_every else epoch_ends
-    if due or is_best or done == schedule.total_steps:
+    if due or is_best or done == schedule.total_steps or stopping:
         state = {"step": done, "best": entrant.best, "is_best": is_best}
         entrant.save(done, entrant.trainer.checkpoint(), state)
     return record

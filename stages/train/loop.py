@@ -25,6 +25,7 @@ from stages.data.samples import Batch, CachedSamples, Request
 from stages.train import budget, diagnostics
 from stages.train.alignment import Alignment
 from stages.train.noise import Noise
+from stages.train.stopping import whole_steps
 from stages.train.student import Student, last_frames, num_aligned_frames
 from stages.types import Decoder
 
@@ -350,7 +351,8 @@ def train(
 
     Args:
         log: receives one record per step.
-        save: receives (steps done, tensors, state); called every ``save_every`` steps or epoch, and at the end.
+        save: receives (steps done, tensors, state); called every ``save_every`` steps or epoch, at the end, and when a
+            signal asks to stop: after the step at hand, before the signal has its effect.
             ``state["is_best"]`` marks the best epoch so far where ``validate`` is given.
         first_step: steps already done, from a checkpoint.
         best: best validation accuracy so far, from the same checkpoint.
@@ -369,7 +371,7 @@ def train(
     # The order is a function of (seed, epoch): the next batches are read while this one is learnt from.
     cuts = functools.lru_cache(STEPS_AHEAD)(lambda step: trainer.cuts(data, step, schedule))
     batches = data.batches(Request(*cut) for step in steps for cut in cuts(step))
-    with contextlib.closing(batches):
+    with whole_steps() as asked_to_stop, contextlib.closing(batches):
         for step in steps:
             last = trainer.step(data, step, schedule, (cuts(step), batches))
             done = step + 1
@@ -387,8 +389,11 @@ def train(
             log(record)
             progress(done, schedule.total_steps, f"loss {last['loss_ce']:.3f}")
             due = done % trainer.cfg.save_every == 0 if trainer.cfg.save_every else epoch_ends
-            if due or is_best or done == schedule.total_steps:
+            stopping = asked_to_stop()
+            if due or is_best or done == schedule.total_steps or stopping:
                 save(done, trainer.checkpoint(), {"step": done, "best": best, "is_best": is_best})
+            if stopping:
+                break
     return {
         "steps": schedule.total_steps,
         "first_step": first_step,

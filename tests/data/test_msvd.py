@@ -72,6 +72,14 @@ def test_a_sample_is_one_question_in_the_prompt_of_the_base_code(tmp_path: Path)
     assert sample.draws.tolist() == [[0, 24, 47, 71]]
 
 
+@pytest.mark.parametrize(("dataset", "published"), [("msvd", 13_157), ("miniature", None)])
+def test_only_annotations_of_msvd_are_set_beside_its_published_counts(
+    tmp_path: Path, dataset: str, published: int | None
+) -> None:
+    folder = folder_with(tmp_path, qa_test={"7": question("7"), "8": question("8", dataset=dataset)})
+    assert MsvdQaDataset(DataConfig(annotations=folder)).published_n("test") == published
+
+
 def test_question_cleaning_removes_these_characters_only() -> None:
     assert clean_question("A.b!c\"d(e)f*g#h:i;j~K, l? m-n'o") == "abcdefghijk, l? m-n'o"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from stages.train.alignment import Alignment
 from stages.train.budget import fixed_bytes, peak_bytes
 from stages.train.loop import Schedule, Trainer, TrainingDiverged, batch_positions, make_schedule, micro_batches, train
 from stages.train.plan import MergePlan, merge_plan
+from stages.train.stopping import whole_steps
 from stages.train.student import Student
 
 ALIGN = AlignConfig(levels=(3, 5))
@@ -304,3 +307,55 @@ def test_merges_are_decided_anew_where_the_frames_are_trained(
     make_trainer: MakeTrainer, settings: dict[str, Any]
 ) -> None:
     assert make_trainer(student=settings).student.visual_plans is None
+
+
+class Stopped(Exception):
+    """What the handler of this test raises, as the pipeline's does."""
+
+
+@pytest.fixture
+def stop_by_signal() -> Iterator[None]:
+    def arrived(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, arrived)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("stop_by_signal")
+def test_a_signal_waits_until_the_step_is_saved(
+    make_trainer: MakeTrainer, cached: CachedSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run(make_trainer(epochs=3), cached)
+    saved: list[tuple[int, dict[str, torch.Tensor]]] = []
+    records: list[dict[str, Any]] = []
+    trainer = make_trainer(epochs=3)
+    learn = trainer.step
+
+    def interrupted(data: CachedSamples, step: int, *rest: Any) -> dict[str, float]:
+        if step == 2:  # the first of the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(data, step, *rest)
+
+    monkeypatch.setattr(trainer, "step", interrupted)
+    keep = lambda step, tensors, _: saved.append((step, tensors))  # noqa: E731
+    with pytest.raises(Stopped):
+        train(trainer, cached, log=records.append, save=keep)
+    assert [step for step, _ in saved] == [2, 3]  # the end of the epoch, and where it was stopped
+    assert [r["loss_ce"] for r in records] == [r["loss_ce"] for r in whole[:3]]
+
+
+@pytest.mark.usefixtures("stop_by_signal")
+def test_a_second_signal_is_not_held_back() -> None:
+    def twice() -> None:
+        with whole_steps() as asked_to_stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked_to_stop()
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the second signal was held back")
+
+    with pytest.raises(Stopped):
+        twice()
+    with pytest.raises(Stopped):  # and the handlers are those of before
+        os.kill(os.getpid(), signal.SIGTERM)
