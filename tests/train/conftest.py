@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +158,18 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> CachedSamples:
         for i in range(7)
     ]
     return CachedSamples(samples, stores["tokens"], stores["pooled/layer8"])
+
+
+@pytest.fixture
+def stopped() -> Iterator[type[Exception]]:
+    """What SIGTERM raises during the test, as it does in the pipeline's commands."""
+
+    class Stopped(Exception):
+        pass
+
+    def arrived(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, arrived)
+    yield Stopped
+    signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -239,3 +241,18 @@ def test_students_that_would_read_other_batches_are_refused(
         together({"a": make_trainer(), "b": make_trainer(**other)}, cached)
     with pytest.raises(ValueError, match="no training samples"):
         together({"a": make_trainer()}, CachedSamples([], cached.tokens, cached.pooled))
+
+
+def test_a_signal_waits_until_every_student_has_saved_the_same_step(
+    make_trainer: MakeTrainer, cached: CachedSamples, stopped: type[Exception]
+) -> None:
+    records = {name: Record() for name in ("a", "b")}
+    entrants = [record.entrant(name, make_trainer(epochs=3)) for name, record in records.items()]
+
+    def progress(done: int, _total: int, _what: str) -> None:
+        if done == 3:  # the end of the first epoch, which is saved as ever
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(stopped):
+        train_together(entrants, cached, progress=progress)
+    assert {name: [step for step, *_ in record.saved] for name, record in records.items()} == {"a": [3, 4], "b": [3, 4]}

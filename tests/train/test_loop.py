@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -309,23 +309,8 @@ def test_merges_are_decided_anew_where_the_frames_are_trained(
     assert make_trainer(student=settings).student.visual_plans is None
 
 
-class Stopped(Exception):
-    """What the handler of this test raises, as the pipeline's does."""
-
-
-@pytest.fixture
-def stop_by_signal() -> Iterator[None]:
-    def arrived(number: int, _frame: object) -> None:
-        raise Stopped(number)
-
-    before = signal.signal(signal.SIGTERM, arrived)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.usefixtures("stop_by_signal")
 def test_a_signal_waits_until_the_step_is_saved(
-    make_trainer: MakeTrainer, cached: CachedSamples, monkeypatch: pytest.MonkeyPatch
+    make_trainer: MakeTrainer, cached: CachedSamples, monkeypatch: pytest.MonkeyPatch, stopped: type[Exception]
 ) -> None:
     whole, _ = run(make_trainer(epochs=3), cached)
     saved: list[tuple[int, dict[str, torch.Tensor]]] = []
@@ -340,14 +325,13 @@ def test_a_signal_waits_until_the_step_is_saved(
 
     monkeypatch.setattr(trainer, "step", interrupted)
     keep = lambda step, tensors, _: saved.append((step, tensors))  # noqa: E731
-    with pytest.raises(Stopped):
+    with pytest.raises(stopped):
         train(trainer, cached, log=records.append, save=keep)
     assert [step for step, _ in saved] == [2, 3]  # the end of the epoch, and where it was stopped
     assert [r["loss_ce"] for r in records] == [r["loss_ce"] for r in whole[:3]]
 
 
-@pytest.mark.usefixtures("stop_by_signal")
-def test_a_second_signal_is_not_held_back() -> None:
+def test_a_second_signal_is_not_held_back(stopped: type[Exception]) -> None:
     def twice() -> None:
         with whole_steps() as asked_to_stop:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -355,7 +339,7 @@ def test_a_second_signal_is_not_held_back() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("the second signal was held back")
 
-    with pytest.raises(Stopped):
+    with pytest.raises(stopped):
         twice()
-    with pytest.raises(Stopped):  # and the handlers are those of before
+    with pytest.raises(stopped):  # and the handlers are those of before
         os.kill(os.getpid(), signal.SIGTERM)
