@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -32,7 +33,7 @@ from pipeline import presets
 from pipeline.overrides import apply
 from stages.config import PipelineConfig
 from stages.data.frames import open_source
-from stages.extract.run import Job, extract, worker
+from stages.extract.run import Job, calibration_frames, extract, worker
 from stages.types import FrozenEncoder
 from tests.extract.conftest import BUILDERS
 
@@ -98,7 +99,9 @@ def bare_loop(encoders: list[FrozenEncoder], pictures: list[list[torch.Tensor]])
 def compare(config: PipelineConfig, names: tuple[str, ...], frames: int, repeat: int, folder: Path) -> dict[str, float]:
     """Medians of the ratios for one command."""
     wanted = {f"v{n}": np.arange(frames) for n in range(VIDEOS)}
-    job = Job(config, tuple(BUILDERS[name] for name in names), folder / "store", "cpu")
+    # With the calibration that ``extract`` adds, or it would find other tools than these and load all weights again.
+    calibration = calibration_frames(wanted)
+    job = Job(config, tuple(BUILDERS[n] for n in names), folder / "store", "cpu", calibration=calibration)
     _, encoders, _ = worker(job)
     source = open_source(config.data)
     pictures = [
@@ -110,7 +113,7 @@ def compare(config: PipelineConfig, names: tuple[str, ...], frames: int, repeat:
     bare_loop(list(encoders), pictures[:1])
     ratios: dict[str, list[float]] = {"extract_vs_bare": [], "wall": [], "beside": [], "cpu": []}
     for turn in range(repeat):
-        job = Job(config, job.builders, folder / f"store-{'-'.join(names)}-{turn}", "cpu")
+        job = replace(job, cache=folder / f"store-{'-'.join(names)}-{turn}")
         worker.cache_clear()
         _, encoders, _ = worker(job)  # loading weights is no part of either side
         bare = timed(lambda: bare_loop(list(encoders), pictures))  # noqa: B023 - called here
