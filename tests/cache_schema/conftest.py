@@ -86,3 +86,9 @@ def az(azurite, monkeypatch):
     use_azure(monkeypatch, azurite.port)
     azurite.make_container("features")
     return f"az://features/{secrets.token_hex(6)}"
+
+
+@pytest.fixture(params=["s3", "az"])
+def bucket(request):
+    """URL of an empty prefix in either kind of store."""
+    return request.getfixturevalue(request.param)

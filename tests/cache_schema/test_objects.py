@@ -139,12 +139,12 @@ def test_a_damaged_object_is_named_with_the_command_that_removes_it(s3, tokens, 
     assert [(p.shard, p.kind) for p in verify.full(store)] == [(0, kinds[damage])]
 
 
-def test_a_reader_gets_the_new_version_of_a_shard_that_a_retry_replaced(s3):
-    extract(locate(s3), bad={"bee": 1})
-    reader = FeatureStore.open(s3, "tokens")
+def test_a_reader_gets_the_new_version_of_a_shard_that_a_retry_replaced(bucket):
+    extract(locate(bucket), bad={"bee": 1})
+    reader = FeatureStore.open(bucket, "tokens")
     reader.read("ant", [0])  # it now knows the footer of the old version
     assert not reader.status()["bee"].ok
-    extract(locate(s3), retry_failed=True)
+    extract(locate(bucket), retry_failed=True)
     known = reader._shards[0]
     assert (reader.read("ant", [3, 0]) == features("tokens", "ant", [3, 0])).all()
     assert reader._shards[0] is not known
@@ -219,22 +219,22 @@ def test_an_exchange_that_was_not_done_is_done_again_and_one_that_lost_its_answe
         assert file.read_bytes(10) == b"new"
 
 
-def test_equal_bytes_of_another_writer_are_not_taken_for_ours(s3):
-    file = locate(s3) / "one"
+def test_equal_bytes_of_another_writer_are_not_taken_for_ours(bucket):
+    file = locate(bucket) / "one"
     assert file.create(b"the same") is not None
     assert file.create(b"the same") is None
 
 
-def test_two_growths_of_the_plan_at_once_lose_nothing(s3):
-    create(locate(s3))
-    stores = [FeatureStore.open(s3, "tokens") for _ in range(4)]
+def test_two_growths_of_the_plan_at_once_lose_nothing(bucket):
+    create(locate(bucket))
+    stores = [FeatureStore.open(bucket, "tokens") for _ in range(4)]
     wanted = [{f"video{number}": range(number + 3)} for number in range(4)]
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda store, videos: store.extend_plan(videos), stores, wanted))
-    plan = FeatureStore.open(s3, "tokens").plan
+    plan = FeatureStore.open(bucket, "tokens").plan
     assert set(plan.videos) == {f"video{number}" for number in range(4)}
     assert metadata._rows(stores[0].layout.info) == plan.num_shards * 8
-    assert len([name for name in files.names_in(locate(s3) / "plan") if name[0] == "0"]) == 4
+    assert len([name for name in files.names_in(locate(bucket) / "plan") if name[0] == "0"]) == 4
 
 
 def test_an_upload_that_a_dead_process_left_is_swept_and_a_living_one_stays(s3):

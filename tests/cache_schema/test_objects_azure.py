@@ -1,12 +1,12 @@
 """The store on Azure's blob storage: same bytes, same commits, same refusals. The server is Microsoft's Azurite.
 
-What does not depend on the kind of store (spans of reads, local copies, messages) is tested on S3 in test_objects.py.
+What does not depend on the kind of store (spans of reads, local copies, messages) is tested in test_objects.py: on S3,
+or on both where the fixture is ``bucket``.
 """
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import zarr
 from obstore.store import AzureStore
 from zarr.storage import ObjectStore
 
-from cache_schema import CacheCorrupt, CacheMissing, FeatureStore, connections, files, objects, orphans, verify
+from cache_schema import CacheCorrupt, CacheMissing, FeatureStore, connections, objects, orphans, verify
 from cache_schema.connections import StoreUnavailable
 from cache_schema.objects import locate
 from cache_schema.probe import probe
@@ -109,18 +109,6 @@ def test_repair_gives_the_bytes_that_were_there_and_gc_removes_only_what_the_dea
     assert bytes_of(az) == sound
 
 
-def test_a_reader_gets_the_new_version_of_a_shard_that_a_retry_replaced(az):
-    extract(locate(az), bad={"bee": 1})
-    reader = FeatureStore.open(az, "tokens")
-    reader.read("ant", [0])  # it now knows the footer of the old version
-    extract(locate(az), retry_failed=True)
-    known = reader._shards[0]
-    assert (reader.read("ant", [3, 0]) == features("tokens", "ant", [3, 0])).all()
-    assert reader._shards[0] is not known
-    assert (reader.read("bee", [1]) == features("tokens", "bee", [1])).all()
-    assert verify.full(reader) == []
-
-
 def test_an_object_that_is_replaced_between_its_size_and_its_bytes_is_looked_at_again(az, monkeypatch):
     file, real, left = locate(az) / "growing", objects.ObjectPath.head, 3
     file.write(b"0" * 50)
@@ -190,23 +178,6 @@ def test_an_exchange_of_one_version_is_one_request_at_any_size(az, monkeypatch, 
     assert file.exchange(b"newer", old) is None
     assert file.exchange(tmp_path / "new", old) is None
     assert file.read_bytes(1000) == (tmp_path / "new").read_bytes()
-
-
-def test_equal_bytes_of_another_writer_are_not_taken_for_ours(az):
-    file = locate(az) / "one"
-    assert file.create(b"the same") is not None
-    assert file.create(b"the same") is None
-
-
-def test_two_growths_of_the_plan_at_once_lose_nothing(az):
-    create(locate(az))
-    stores = [FeatureStore.open(az, "tokens") for _ in range(4)]
-    wanted = [{f"video{number}": range(number + 3)} for number in range(4)]
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda store, videos: store.extend_plan(videos), stores, wanted))
-    plan = FeatureStore.open(az, "tokens").plan
-    assert set(plan.videos) == {f"video{number}" for number in range(4)}
-    assert len([name for name in files.names_in(locate(az) / "plan") if name[0] == "0"]) == 4
 
 
 # ---------------------------------------------------------------- requests and refusals
