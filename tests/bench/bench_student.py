@@ -231,6 +231,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "against": ["reference"],
     },
     "twelve": {"layers": 12, "num_frames": 100, "memory_len": 20, "against": ()},  # the loop's graph is 50 GiB
+    "twelve_30": {"layers": 12, "num_frames": 30, "memory_len": 20},  # as many frames as the loop's graph has room for
     "miniature_9": {"layers": 12, "num_frames": 9, "memory_len": 4, "scale": MINIATURE},
     "miniature_5": {"layers": 12, "num_frames": 5, "memory_len": 4, "scale": MINIATURE},
 }
