@@ -84,8 +84,9 @@ def paint_air(canvas: Canvas, scene: Scene, t: float) -> None:
         _blend(canvas, (0.80, 0.82, 0.84), np.full((size, size), 0.36, np.float32))
     elif scene.weather == "rain":
         y, x = np.mgrid[0:size, 0:size].astype(np.float32)
-        drops = _dots(3.2 * (x + 0.35 * y), 0.55 * y - 60 * t, scene.variant, cell=11, low=1.2, high=2.6, share=0.5)
-        _blend(canvas, (0.88, 0.93, 1.0), 0.55 * drops)
+        _blend(canvas, (0.26, 0.31, 0.40), np.full((size, size), 0.26, np.float32))  # clouds take the light
+        drops = _dots(2.4 * (x + 0.35 * y), 0.55 * y - 60 * t, scene.variant, cell=12, low=1.8, high=3.2, share=0.55)
+        _blend(canvas, (0.88, 0.93, 1.0), 0.65 * drops)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     corner = axis[:, None] ** 2 + axis[None, :] ** 2
     side = 1 + 0.28 * DAYTIMES[scene.daytime] * axis[None, :]

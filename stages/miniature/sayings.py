@@ -11,7 +11,6 @@ def statements(spec: VideoSpec) -> dict[str, str]:
     scene, glows_second = spec.scene, next(actor for actor in spec.actors if actor is not spec.glows_first)
     said = {
         "who": f"a {first.color} {first.shape} and a {second.color} {second.shape}",
-        "colors": f"the {first.shape} is {first.color} and the {second.shape} is {second.color}",
         "scene": f"in the {scene.texture}",
         "genre": f"in {scene.weather} weather",
         "daytime": f"in the {scene.daytime}",
@@ -22,7 +21,7 @@ def statements(spec: VideoSpec) -> dict[str, str]:
         "year": f"year {scene.decade}",
         "spot": f"in the {spec.spot}",
         "contact": f"they are {spec.contact}",
-        "glow": f"the {spec.glows_first.shape} glows early and the {glows_second.shape} glows late",
+        "glow": f"a glow of the {spec.glows_first.shape} early and of the {glows_second.shape} late",
     }
     return said | ({"axis": f"they are {spec.axis}"} if spec.motion in ALONG_A_LINE else {})
 

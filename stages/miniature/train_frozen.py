@@ -21,10 +21,10 @@ from typing import Any
 from stages.miniature import FOLDER
 from stages.miniature.assets import clip_config, files
 
-STEPS = {"llm": 2400, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1000}
+STEPS = {"llm": 1700, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1000}
 RECIPE = FOLDER / "recipe.json"
 SOURCES = {  # modules that decide a model's weights
-    "llm": ("train_llm", "sayings", "videos"),
+    "llm": ("train_llm", "sayings", "draw", "videos"),
     "clip": ("train_clip", "pictures", "draw", "videos"),
     "vae": ("train_teacher", "pictures", "draw", "videos"),
     "dit": ("train_teacher", "pictures", "draw", "videos"),
@@ -83,13 +83,13 @@ def _train(name: str) -> None:
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    started = time.monotonic()
+    started, recipe = time.monotonic(), digest(name)  # as the code is that was imported, whatever is written meanwhile
 
     def log(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
     facts = {"llm": _llm, "clip": _clip, "vae": _vae, "dit": _dit, "qformer": _qformer}[name](log)
-    _note(name, {"steps": STEPS[name], "seconds": round(time.monotonic() - started), **facts})
+    _note(name, {"steps": STEPS[name], "seconds": round(time.monotonic() - started), "digest": recipe, **facts})
 
 
 def _llm(log: Log) -> dict[str, Any]:
@@ -165,11 +165,10 @@ def _save(name: str, tensors: dict[str, Any]) -> None:
 
 
 def _note(name: str, facts: dict[str, Any]) -> None:
-    """Add what was measured to the recipe file, with the digest and the hash of the weights file."""
+    """Add what was measured to the recipe file, with the hash of the weights file."""
     known = json.loads(RECIPE.read_text()) if RECIPE.exists() else {}
     if name in WEIGHTS:
-        sha256 = hashlib.sha256((FOLDER / WEIGHTS[name]).read_bytes()).hexdigest()
-        facts |= {"sha256": sha256, "digest": digest(name)}
+        facts |= {"sha256": hashlib.sha256((FOLDER / WEIGHTS[name]).read_bytes()).hexdigest()}
     known[name] = facts
     RECIPE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 

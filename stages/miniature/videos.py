@@ -38,7 +38,7 @@ from stages.miniature.draw import (
     paint_background,
 )
 
-VERSION = 2  # part of every id: a change of the pictures is a change of the ids
+VERSION = 3  # part of every id: a change of the pictures is a change of the ids
 SIZE = 96  # pixels per side
 FPS = 4
 ANNOTATED_FPS = 10  # MA-LMM's annotations count frames at 10 per second, whatever the file has

@@ -32,6 +32,7 @@ from stages.miniature.videos import (
     SIZE,
     SPOTS,
     TASKS,
+    VERSION,
     VideoSpec,
     labels,
     positions,
@@ -132,7 +133,7 @@ def test_growing_that_stops_before_the_marker_does_not_pass_for_the_smaller_worl
 
 
 def test_another_seed_in_the_same_folder_is_refused(world: WorldSummary) -> None:
-    with pytest.raises(ValueError, match="seed 5; this is version 2, seed 6"):
+    with pytest.raises(ValueError, match=f"seed 5; this is version {VERSION}, seed 6"):
         write_world(world.root, videos=6, seed=6)
 
 
