@@ -343,4 +343,4 @@ def test_encoding_does_not_depend_on_what_was_encoded_before() -> None:
 
 def test_the_marker_lists_what_was_written(world: WorldSummary) -> None:
     marker = json.loads((world.root / "world.json").read_text())
-    assert (marker["version"], marker["seed"], marker["videos"], len(marker["bytes"])) == (2, 5, 6, 6)
+    assert (marker["version"], marker["seed"], marker["videos"], len(marker["bytes"])) == (VERSION, 5, 6, 6)

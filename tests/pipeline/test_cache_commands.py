@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from cache_schema.store import FeatureStore
 from pipeline.cli import app
+from stages.miniature.videos import specs
 from stages.miniature.world import write_world
 from tests.cache_schema.makers import flip_bit, tree
 
@@ -213,7 +214,10 @@ def test_17_a_replaced_video_is_reported_and_its_features_are_made_again_in_ever
     store, options = copy
     shutil.copytree(made[0].parent / "world/videos", tmp_path / "videos")
     options = [*options, "--set", f"data.videos={tmp_path / 'videos'}", "--device", "cpu"]
-    first, second = sorted((tmp_path / "videos").iterdir())[:2]
+    seconds = {
+        spec.video_id: spec.seconds for spec in specs(6, 3)
+    }  # a shorter one would lack frames that are asked for
+    first, second = sorted((tmp_path / "videos").iterdir(), key=lambda path: seconds[path.stem])[:2]
     shutil.copy(second, first)
     code, checked = ask("cache", "verify", *options, "--sources")
     assert (code, {p["video"] for p in checked["problems"]}) == (4, {first.stem})
