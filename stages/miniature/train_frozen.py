@@ -21,7 +21,7 @@ from typing import Any
 from stages.miniature import FOLDER
 from stages.miniature.assets import clip_config, files
 
-STEPS = {"llm": 1700, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1000}
+STEPS = {"llm": 1700, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1400}
 RECIPE = FOLDER / "recipe.json"
 SOURCES = {  # modules that decide a model's weights
     "llm": ("train_llm", "sayings", "draw", "videos"),

@@ -34,6 +34,12 @@ def coarse_questions(spec: VideoSpec) -> list[tuple[str, str]]:
     return asked + [(PROMPT.format(clean_question(question)), answer) for _, question, answer in questions(spec)]
 
 
+def _drawn_from(spec: VideoSpec) -> list[tuple[str, str]]:
+    """Coarse questions, those about the other colour four times: asked no more than the rest, a coin is as good."""
+    asked = coarse_questions(spec)
+    return asked + [question for question in asked if " one?" in question[0]] * 3
+
+
 def train_qformer(
     cfg: StudentConfig,
     encoder: FrozenEncoder,
@@ -57,7 +63,7 @@ def train_qformer(
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         rows = [draw.randrange(videos) for _ in range(batch)]
-        prompts, answers = zip(*(draw.choice(coarse_questions(known[row])) for row in rows), strict=True)
+        prompts, answers = zip(*(draw.choice(_drawn_from(known[row])) for row in rows), strict=True)
         prefix = student(features[rows], prompts).prefix
         nll, count = decoder.loss_sum(prefix, prompts, answers)
         optimizer.zero_grad(set_to_none=True)
