@@ -214,9 +214,8 @@ def test_17_a_replaced_video_is_reported_and_its_features_are_made_again_in_ever
     store, options = copy
     shutil.copytree(made[0].parent / "world/videos", tmp_path / "videos")
     options = [*options, "--set", f"data.videos={tmp_path / 'videos'}", "--device", "cpu"]
-    seconds = {
-        spec.video_id: spec.seconds for spec in specs(6, 3)
-    }  # a shorter one would lack frames that are asked for
+    # One that is shorter than what it stands for would lack frames that are asked for.
+    seconds = {spec.video_id: spec.seconds for spec in specs(6, 3)}
     first, second = sorted((tmp_path / "videos").iterdir(), key=lambda path: seconds[path.stem])[:2]
     shutil.copy(second, first)
     code, checked = ask("cache", "verify", *options, "--sources")
