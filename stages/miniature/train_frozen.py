@@ -21,7 +21,7 @@ from typing import Any
 from stages.miniature import FOLDER
 from stages.miniature.assets import clip_config, files
 
-STEPS = {"llm": 1700, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 3000}
+STEPS = {"llm": 1700, "clip": 1400, "vae": 1200, "dit": 2500, "qformer": 1400}
 RECIPE = FOLDER / "recipe.json"
 SOURCES = {  # modules that decide a model's weights
     "llm": ("train_llm", "sayings", "draw", "videos"),
@@ -146,7 +146,7 @@ def _qformer(log: Log) -> dict[str, Any]:
     encoder = build_clip(config, frame_rule="", decoder="")
     decoder = build_llm(configs.decode(), device="cpu")
     cfg = configs.student().model_copy(update={"init": "seed:41"})
-    student = train_qformer(cfg, encoder, decoder, steps=STEPS["qformer"], videos=12000, log=log)
+    student = train_qformer(cfg, encoder, decoder, steps=STEPS["qformer"], videos=3000, log=log)
     _save("qformer", instructblip_tensors(student))
     return {"accuracy_coarse_questions": coarse_accuracy(student, encoder, decoder)}
 

@@ -56,12 +56,12 @@ def train_qformer(
     student = build(cfg, clip_width=features.shape[-1], llm_width=decoder.width)
     student.image_pe.weight.requires_grad_(False)
     trainable = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trainable, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     draw = random.Random(41)
     recent: list[float] = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         rows = [draw.randrange(videos) for _ in range(batch)]
         prompts, answers = zip(*(draw.choice(_drawn_from(known[row])) for row in rows), strict=True)
         prefix = student(features[rows], prompts).prefix
