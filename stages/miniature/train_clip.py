@@ -26,7 +26,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 WORDS = sorted({*COLORS, *SHAPES, *TEXTURES, *TINTS, *WEATHER, *DAYTIMES, "a", "and", "film", "in", "of", "one", "the"})
 SIDE = 48  # pixels
 START, FIRST_WORD, END = 1, 2, 63  # 0 is padding; the text tower reads its state at the largest id, which is END
-ACTORS = [f"{color} {shape}" for color, shape in product(COLORS, SHAPES)]  # the hardest to see, so said most often
+ACTORS = [f"{color} {shape}" for color, shape in product(COLORS, SHAPES)]
 FACTS = [
     *ACTORS,
     *(f"{color} one" for color in COLORS),
@@ -114,13 +114,13 @@ def _captions(chosen: list[VideoSpec], draw: random.Random) -> tuple[Int[Tensor,
 
 
 def _said(spec: VideoSpec, draw: random.Random) -> list[str]:
-    """What one caption says. An actor is often named by its shape alone: colours are seen first and would be enough."""
+    """What one caption says. An actor is seldom named by its shape alone: of those the small tower learns none."""
     scene = spec.scene
     kept = []
     for actor in spec.actors:
         forms = [f"{actor.color} {actor.shape}", actor.shape, f"{actor.color} one"]
         if draw.random() < 0.85:
-            kept.append(draw.choices(forms, (0.45, 0.4, 0.15))[0])
+            kept.append(draw.choices(forms, (0.5, 0.15, 0.35))[0])
     others = [scene.texture, f"{scene.weather} weather", scene.daytime, f"{scene.tint} film"]
     kept += [fact for fact in others if draw.random() < 0.5]
     draw.shuffle(kept)
