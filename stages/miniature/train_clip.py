@@ -114,7 +114,7 @@ def _captions(chosen: list[VideoSpec], draw: random.Random) -> tuple[Int[Tensor,
 
 
 def _said(spec: VideoSpec, draw: random.Random) -> list[str]:
-    """What one caption says. An actor is seldom named by its shape alone: of those the small tower learns none."""
+    """What one caption says. An actor is seldom named by its shape alone: the tower learned none (world version 2)."""
     scene = spec.scene
     kept = []
     for actor in spec.actors:
