@@ -68,6 +68,8 @@ ARMS = {
     "time-code-weak": Arm(("train.lambda_kd=0",), time_code=0.25),
     "no-banks": Arm(("train.lambda_kd=0", "student.name=no_memory")),
     "unlabelled": Arm((), unlabelled=True),
+    "unlabelled-shuffled": Arm((), control="shuffled", unlabelled=True),
+    "unlabelled-constant": Arm((), control="constant", unlabelled=True),
     "unlabelled-center": Arm(("align.target_norm=center",), unlabelled=True),
     "unlabelled-grid4-center": Arm(("teacher.grid=4", "align.target_norm=center"), unlabelled=True),
     "before": Arm((), before=150),
@@ -148,7 +150,11 @@ class Lab:
             train = train.in_random_order(seed)
             splits = {name: part.in_random_order(seed + 1) for name, part in splits.items()}
         elif arm.control:
-            train.changed(arm.control, everything.target_moments()[0])
+            mean = everything.target_moments()[0]
+            train.changed(arm.control, mean)
+            if arm.unlabelled:  # the alignment reads these, and the next run what the store holds
+                everything = copy.copy(everything)
+                everything.changed(arm.control, mean)
         started = time.process_time()
         trainer = build_trainer(config, train, "cpu")
         if self.start is not None:
