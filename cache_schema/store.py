@@ -27,7 +27,7 @@ from cache_schema.plan import Plan, Segment, Task, as_frames
 from cache_schema.planfile import PlanFiles
 from cache_schema.quantize import ChannelScale
 from cache_schema.report import Missing, TaskReport, VideoStatus
-from cache_schema.shard import Layout, Shard, identity_now, read_records, read_shard, read_stats
+from cache_schema.shard import Layout, Record, Shard, identity_now, read_records, read_shard, read_stats
 from cache_schema.spec import FeatureSpec
 from cache_schema.stats import FeatureStats, Moments
 from cache_schema.write import SegmentResult, frame_corrupt, write_tasks_together
@@ -89,6 +89,7 @@ class FeatureStore:
         self._plan_files = PlanFiles(info.store, info.shard_frames)
         self._shards: dict[int, Shard] = {}
         self._opened: dict[int, reading.OpenShard] = {}
+        self._told: tuple[Shard, tuple[Record, ...]] | None = None  # the shard that facts were asked of last
 
     @classmethod
     def create(
@@ -170,7 +171,7 @@ class FeatureStore:
             raise
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_shards": {}, "_opened": {}}
+        return {**self.__dict__, "_shards": {}, "_opened": {}, "_told": None}
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.path)!r}, {self.modality!r})"
@@ -472,8 +473,10 @@ class FeatureStore:
             shard = self._shards.get(number) if isinstance(self.path, ObjectPath) else None  # spares a request a video
             shard = shard or self.shard(number)
             if shard is not None:
-                records = read_records(self.layout, shard.file)
-                return dict(next(r.facts for r in records if r.video_id == video_id))
+                told = self._told
+                if told is None or told[0] is not shard:  # a shard holds many videos, which are asked about in turn
+                    told = self._told = shard, read_records(self.layout, shard.file)
+                return dict(next(r.facts for r in told[1] if r.video_id == video_id))
         raise CacheMissing(f"{self.path}/{self.modality} holds nothing of video {video_id!r}.\nExtract with:")
 
     @_with_help

@@ -10,7 +10,7 @@ import functools
 import importlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from cache_schema.errors import CacheMismatch
@@ -70,10 +70,8 @@ def samples_of(dataset: Any, split: str) -> list[Sample]:
 def builder_of(config: PipelineConfig, which: Which) -> str:
     """The import string of an encoder's ``build``. Raises ConfigError where nothing is registered under its name."""
     if which == "clip":
-        registry.load("encoder", config.clip.source)
-        return registry.ENCODERS[config.clip.source]
-    registry.load("teacher", config.teacher.name)
-    return registry.TEACHERS[config.teacher.name]
+        return registry.import_string("encoder", config.clip.source)
+    return registry.import_string("teacher", config.teacher.name)
 
 
 def shapes(config: PipelineConfig, which: Which) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
@@ -86,11 +84,11 @@ def open_stores(config: PipelineConfig, cache: StorePath, *, aligned: bool) -> l
     """The CLIP store and, where aligned, the teacher's; refused when their features are not those of ``config``."""
     opened = []
     for which in ("clip", "teacher") if aligned else ("clip",):
-        names = [name for name, _ in shapes(config, which)]
-        name = names[0] if which == "clip" else f"pooled/layer{config.teacher.layer}{_grid(config)}"
+        known = dict(shapes(config, which))
+        name = next(iter(known)) if which == "clip" else f"pooled/layer{config.teacher.layer}{_grid(config)}"
         command = extract_command(f"extract-{which}", config, cache)
         store = FeatureStore.open(cache, name, help_command=command, io=config.data.io)
-        _refuse_other_features(store, config, which, command)
+        _refuse_other_features(store, config, which, known, command)
         opened.append(store)
     return opened
 
@@ -99,13 +97,19 @@ def _grid(config: PipelineConfig) -> str:
     return f"_grid{config.teacher.grid}" if config.teacher.grid > 1 else ""
 
 
-def _refuse_other_features(store: FeatureStore, config: PipelineConfig, which: Which, command: str) -> None:
+def _refuse_other_features(
+    store: FeatureStore,
+    config: PipelineConfig,
+    which: Which,
+    known: Mapping[str, tuple[tuple[int, ...], str]],
+    command: str,
+) -> None:
     """Compare what can be told without loading the encoder's weights; extraction compares everything.
 
     Some fields of a spec hold more than their setting says (a resize also names its size), so their beginnings count.
     """
     part = config.clip if which == "clip" else config.teacher
-    shape, dtype = dict(shapes(config, which))[store.modality]
+    shape, dtype = known[store.modality]
     expected: dict[str, object] = {
         "layer": config.clip.layer if which == "clip" else config.teacher.layer,
         "frame_shape": tuple(shape),

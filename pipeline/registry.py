@@ -49,8 +49,8 @@ KINDS = {
 }
 
 
-def load(kind: str, name: str) -> Any:
-    """The callable registered as ``name`` among ``kind`` (a key of KINDS); imports its module.
+def import_string(kind: str, name: str) -> str:
+    """What is registered as ``name`` among ``kind`` (a key of KINDS); imports nothing.
 
     Raises:
         ConfigError: nothing is registered under that name; the nearest names are listed.
@@ -59,5 +59,10 @@ def load(kind: str, name: str) -> Any:
     if name not in parts:
         known = nearest(name, parts) or sorted(parts)
         raise ConfigError(f"no {kind} is called {name!r}; known: {', '.join(known)}")
-    module, _, attribute = parts[name].partition(":")
+    return parts[name]
+
+
+def load(kind: str, name: str) -> Any:
+    """The callable that is registered under a name; imports its module. Raises what ``import_string`` raises."""
+    module, _, attribute = import_string(kind, name).partition(":")
     return getattr(import_module(module), attribute)

@@ -158,6 +158,7 @@ def test_frames_of_another_file_are_not_mixed_in(copy, damage):
 
 def test_a_replaced_video_is_made_again_where_that_is_asked_for(copy):
     store = FeatureStore.open(copy, "tokens")
+    assert store.facts("ant") != {"size": 99_999}  # and what is known of the old shard is not told of the new one
     assert repair_shard(store, 0, other_file, changed={"ant"}).repaired
     assert store.facts("ant") == {"size": 99_999}
     assert store.facts("bee") == {"size": 3, "pts": [1, 5, 9]}

@@ -251,6 +251,14 @@ def test_facts_of_the_source_are_kept_also_for_a_run_of_shards(filled):
         store.facts("fox")
 
 
+def test_the_facts_of_all_videos_take_one_look_at_each_footer(filled, monkeypatch):
+    store, read = FeatureStore.open(filled, "tokens"), []
+    monkeypatch.setattr("cache_schema.store.read_records", lambda *to: read.append(to[1]) or read_records(*to))
+    for segment in store.plan.segments:
+        store.facts(segment.video_id)
+    assert len(read) == len(set(read)) < len(store.plan.segments)
+
+
 def test_statistics_over_all_shards_equal_those_of_all_frames_at_once(filled):
     store = FeatureStore.open(filled, "pooled/layer8")
     everything = [features("pooled/layer8", video, list(index)) for video, index in WANTED.items() if video != "dog"]

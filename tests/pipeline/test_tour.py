@@ -65,7 +65,7 @@ def test_every_arm_is_the_run_that_the_settings_ask_for(toured: tuple[Path, dict
         for value in (0, 1):
             folder = RunFolder.open(out / task / f"lambda-{value}")
             train = folder.config.train
-            assert (folder.config.data.task, folder.config.data.num_frames, train.lambda_kd) == (task, 5, value)
+            assert (folder.config.data.task, folder.config.data.num_frames, train.lambda_kd) == (task, 3, value)
             assert (train.max_steps, train.max_samples) == (2, 8)  # what is typed goes before what a task sets
             assert folder.step_at("final") == 2
 
