@@ -76,7 +76,6 @@ ARMS = {
     "no-banks": Arm(("train.lambda_kd=0", "student.name=no_memory")),
     "unlabelled": Arm((), unlabelled=True),
     "unlabelled-shuffled": Arm((), control="shuffled", unlabelled=True),
-    "unlabelled-constant": Arm((), control="constant", unlabelled=True),
     "unlabelled-center": Arm(("align.target_norm=center",), unlabelled=True),
     "unlabelled-grid4-center": Arm(("teacher.grid=4", "align.target_norm=center"), unlabelled=True),
     "before": Arm((), before=150),
