@@ -214,6 +214,8 @@ def headline(result: Result) -> Headline:
         told = [describe((papers or sorted(worse, key=lambda c: c.test.difference))[0], result)]
     else:
         verdict = "No difference is shown."
+    if sure and all(result.scores[v.key].seeds == 1 for v in scored):  # p speaks of new videos, not of new students
+        verdict = "One seed cannot tell."
     if len(result.contrasts) > 1:
         told.append(
             f"{len(sure)} of {len(result.contrasts)} variants differ from {result.reference.label} "

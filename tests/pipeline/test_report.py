@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -151,6 +152,20 @@ def test_a_difference_that_the_seeds_do_not_agree_on_is_not_called_one() -> None
         assert (test.difference, test.p) == (pytest.approx(0.1), pytest.approx(0, abs=1e-3))
         variants = [Variant(key, key) for key in ("a", "b")]
         assert answer.Contrast(variants[1], variants[0], test, test.p).sure is called
+
+
+@pytest.mark.parametrize(("seeds", "verdict"), [((1,), "One seed cannot tell."), ((1, 2), "Yes.")])
+def test_one_seed_a_variant_decides_nothing(
+    make_run: Run, tmp_path: Path, seeds: tuple[int, ...], verdict: str
+) -> None:
+    for seed in seeds:
+        make_run(f"runs/a{seed}", "train.lambda_kd=0", f"train.seed={seed}", right=())
+        make_run(f"runs/b{seed}", "train.lambda_kd=1", f"train.seed={seed}", right=range(8))
+    result = answer.result_of(read_studies([tmp_path / "runs"])[0])
+    (contrast,) = result.contrasts
+    assert contrast.test.difference == 1
+    sure = replace(result, contrasts=(replace(contrast, p_holm=0.001),))  # four videos alone have a p of 1/8
+    assert answer.headline(sure).verdict == verdict
 
 
 def test_one_run_alone_is_no_comparison(make_run: Run, tmp_path: Path) -> None:
