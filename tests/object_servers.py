@@ -93,6 +93,11 @@ def use_google(monkeypatch: pytest.MonkeyPatch, port: int, **retry: Any) -> None
     monkeypatch.setenv("GOOGLE_BEARER_TOKEN", TOKEN)
 
 
+def use_for(url: str, monkeypatch: pytest.MonkeyPatch, port: int, **retry: Any) -> None:
+    """The one of these that the URL asks for."""
+    {"s3": use, "az": use_azure, "gs": use_google}[url[:2]](monkeypatch, port, **retry)
+
+
 def use_no_store(monkeypatch: pytest.MonkeyPatch, **retry: Any) -> None:
     """No credentials of any store, and quick retries."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "AZURITE_"))]:
