@@ -40,25 +40,11 @@ from cache_schema.plan import Plan, generation_document
 from cache_schema.plan_columns import pack
 from cache_schema.shard import ShardWriter
 from tests.bench.measure import Comparison, compare
+from tests.cache_schema.makers import TOKENS
 
 VIDEOS, FRAMES, SHAPE = 8, 100, (257, 1408)
 FRAME_BYTES = 2 * SHAPE[0] * SHAPE[1]
-SPEC = FeatureSpec(
-    encoder="open_clip:EVA01-g-14",
-    weights="0" * 64,
-    layer=39,
-    pool="none",
-    resize="squash 224 bicubic antialias uint8",
-    normalize="mean=0.5 std=0.5",
-    latent="",
-    timestep=None,
-    label=None,
-    dtype="float16",
-    compute_dtype="float16",
-    frame_shape=SHAPE,
-    frame_rule="10 fps grid, nearest by presentation time",
-    decoder="PyAV 18",
-)
+SPEC = dataclasses.replace(TOKENS, encoder="open_clip:EVA01-g-14", layer=39, compute_dtype="float16", frame_shape=SHAPE)
 Array = npt.NDArray[Any]
 
 

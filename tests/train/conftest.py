@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertTokenizerFast, LlamaConfig, PreTrainedTokenizerFast
 
 from cache_schema.plan import Segment
-from cache_schema.spec import FeatureSpec
 from cache_schema.store import FeatureStore, SegmentResult, write_tasks_together
 from stages.config import DecodeConfig, StudentConfig
 from stages.data.samples import CachedSamples
@@ -23,6 +23,7 @@ from stages.decode.llm import CausalLM
 from stages.decode.llm import build as build_llm
 from stages.train.student import Student, build
 from stages.types import Sample
+from tests.cache_schema.makers import TOKENS
 
 WORDS = ["what", "is", "the", "relationship", "scene", "of", "movie", "?", "who", "runs"]
 
@@ -120,22 +121,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> CachedSamples:
     shapes = {"tokens": (6, 10), "pooled/layer8": (6,)}
     stores = {}
     for modality, shape in shapes.items():
-        spec = FeatureSpec(
-            encoder="test",
-            weights="0" * 64,
-            layer=8,
-            pool="none",
-            resize="",
-            normalize="",
-            latent="",
-            timestep=None,
-            label=None,
-            dtype="float32",
-            compute_dtype="float32",
-            frame_shape=shape,
-            frame_rule="10 fps",
-            decoder="none",
-        )
+        spec = replace(TOKENS, dtype="float32", frame_shape=shape)
         stores[modality] = FeatureStore.create(path, modality, spec, shard_frames=16)
     stores["tokens"].extend_plan({f"video{i}": range(10) for i in range(4)})
 

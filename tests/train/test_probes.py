@@ -17,28 +17,14 @@ from cache_schema.store import FeatureStore, SegmentResult, write_tasks_together
 from stages.train import probes
 from stages.train.probes import Frames, ProbeRefused, Space, Splits
 from stages.types import Sample
+from tests.cache_schema.makers import TOKENS
 
 T, P, C, D = 3, 4, 5, 6
 SIZES = {"train": 160, "val": 60, "test": 90}
 
 
 def spec(shape: tuple[int, ...]) -> FeatureSpec:
-    return FeatureSpec(
-        encoder="test",
-        weights="0" * 64,
-        layer=8,
-        pool="none",
-        resize="",
-        normalize="",
-        latent="",
-        timestep=None,
-        label=None,
-        dtype="float32",
-        compute_dtype="float32",
-        frame_shape=shape,
-        frame_rule="10 fps",
-        decoder="none",
-    )
+    return replace(TOKENS, dtype="float32", frame_shape=shape)
 
 
 @pytest.fixture(scope="module")
