@@ -16,8 +16,9 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from pipeline import overrides, presets
 from pipeline.inputs import load_dataset, open_stores
+from pipeline.progress import Progress
 from pipeline.training import build_trainer
 from stages.config import PipelineConfig
 from stages.data.samples import Batch, CachedSamples, few
@@ -47,6 +49,9 @@ TASK = (
     "decode.num_return=1",
     "train.max_steps=400",
 )
+
+
+Shown = Callable[[int, int], None]  # steps done, of how many
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,9 @@ class Lab:
             }
         return self._data[key]
 
-    def run(self, arm: Arm, extra: Sequence[str], seed: int, *, tune: bool, weights: Path | None) -> dict[str, Any]:
+    def run(
+        self, arm: Arm, extra: Sequence[str], seed: int, *, tune: bool, weights: Path | None, progress: Shown
+    ) -> dict[str, Any]:
         """One run from start to score. ``weights``: the trained student is kept there, or taken from there."""
         config = overrides.apply(presets.miniature(), [*self.sets, *arm.sets, *extra, f"train.seed={seed}"])
         splits = self.data(config)
@@ -174,7 +181,7 @@ class Lab:
             trainer.student.load_state_dict(load_file(weights))
         else:
             trainer.student.train()
-            _train(trainer, train, everything, arm, config)
+            _train(trainer, train, everything, arm, config, progress)
             if weights is not None:
                 weights.parent.mkdir(parents=True, exist_ok=True)
                 save_file(trainer.student.state_dict(), weights)
@@ -199,15 +206,19 @@ def half_circle(length: int, width: int) -> Float[Tensor, "T C"]:
     return code
 
 
-def _train(trainer: Trainer, train: Remembered, everything: Remembered, arm: Arm, config: PipelineConfig) -> None:
+def _train(
+    trainer: Trainer, train: Remembered, everything: Remembered, arm: Arm, config: PipelineConfig, progress: Shown
+) -> None:
     if arm.before:
         schedule = make_schedule(config.train.model_copy(update={"max_steps": arm.before}), len(train))
         for step in range(arm.before):
             _apart(trainer, None, everything, step, schedule)
+            progress(step + 1, arm.before)
         trainer.alignment, held = None, trainer.alignment
         schedule = make_schedule(config.train, len(train))
         for step in range(schedule.total_steps):
             trainer.step(train, step, schedule)
+            progress(step + 1, schedule.total_steps)
         trainer.alignment = held
         return
     schedule = make_schedule(config.train, len(train))
@@ -216,6 +227,7 @@ def _train(trainer: Trainer, train: Remembered, everything: Remembered, arm: Arm
             _apart(trainer, train, everything, step, schedule)
         else:
             trainer.step(train, step, schedule)
+        progress(step + 1, schedule.total_steps)
 
 
 def _apart(trainer: Trainer, train: Remembered | None, everything: Remembered, step: int, schedule: Any) -> None:
@@ -311,11 +323,12 @@ def main() -> None:
             digest = hashlib.sha256(json.dumps([asked.sets, name, str(asked.start)]).encode()).hexdigest()[:8]
             weights = asked.out / "kept" / f"{kind}-{digest}-{seed}.safetensors" if asked.keep else None
             sets = extra.split(",") if extra else []
-            result = key | lab.run(ARMS[kind], sets, seed, tune=asked.tune, weights=weights)
+            with Progress() as progress:
+                shown = partial(progress, what=f"{name}, seed {seed}")
+                result = key | lab.run(ARMS[kind], sets, seed, tune=asked.tune, weights=weights, progress=shown)
             with path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
-            shown = {k: v for k, v in result.items() if k not in ("right", "sets")}
-            print(json.dumps(shown), flush=True)
+            print(json.dumps({k: v for k, v in result.items() if k not in ("right", "sets")}), flush=True)
 
 
 def table(done: Sequence[Mapping[str, Any]], arms: Sequence[str], sets: Sequence[str]) -> str:
