@@ -15,6 +15,7 @@ from stages.decode.statistics import Interval, Paired, holm, paired, share_inter
 
 SURE = 0.05  # adjusted p below which a difference may be called one
 PAPERS_LAMBDA = 1.0  # §4.2, on LVU
+PAPERS_LEVELS = (8, 9, 10, 11, 12, 13)  # §4.2
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,19 @@ def result_of(study: Study) -> Result:
 
 
 def reference_of(scored: Sequence[Variant]) -> Variant | None:
-    """What the others are compared with: no alignment, else the paper's choice, else the first. None for one alone."""
+    """What the others are compared with: MA-LMM, else another student without alignment, else the paper's choice, else
+    the first. None for one alone."""
     if len(scored) < 2:
         return None
-    for variant in scored:
-        if variant.lambda_kd == 0:
-            return variant
-    for variant in scored:
-        assert variant.config is not None
-        if variant.config.align.levels == (8, 9, 10, 11, 12, 13) and variant.config.align.weights == "adaptive":
-            return variant
-    return scored[0]
+
+    def rank(variant: Variant) -> int:
+        config = variant.config
+        assert config is not None
+        if config.train.lambda_kd == 0:
+            return 0 if config.student.name == "malmm" else 1
+        return 2 if config.align.levels == PAPERS_LEVELS and config.align.weights == "adaptive" else 3
+
+    return min(scored, key=rank)
 
 
 def _with_answers(variant: Variant) -> list[Run]:

@@ -288,6 +288,49 @@ def test_only_runs_on_lvu_stand_in_the_columns_of_lvu(make_run: Run, tmp_path: P
     assert [cell.text for cell in three.rows[0][1]] == ["60.6", "60.8", "not run", "not run"]
 
 
+def test_beside_a_point_of_the_paper_stands_the_run_that_is_the_papers_in_everything_else(
+    make_run: Run, tmp_path: Path
+) -> None:
+    """All three studies on one page, with runs that must not pass for a point of any."""
+    sixth = "align.uniform_weight=0.166667"
+    arms: dict[str, tuple[str, ...]] = {
+        "a-no-memory": ("train.lambda_kd=0", "student.name=no_memory"),  # 1 right, the others one more each
+        "b-malmm": ("train.lambda_kd=0",),
+        "c-low": ("train.lambda_kd=0.1",),
+        "d-centred": ("train.lambda_kd=1", "align.target_norm=center"),
+        "e-equal": ("train.lambda_kd=1", "align.weights=uniform", "align.uniform_weight=0.98"),
+        "f-average": ("train.lambda_kd=1", "align.weights=uniform", sixth),
+        "g-all": ("train.lambda_kd=1", "align.levels=all"),
+        "h-paper": ("train.lambda_kd=1",),
+    }
+    for number, (name, sets) in enumerate(arms.items()):
+        make_run(f"runs/{name}", "data.task=relationship", *sets, right=range(number + 1))
+    (study,) = read_studies([tmp_path / "runs"])
+    result = answer.result_of(study)
+    assert result.reference is not None
+    assert result.reference.runs[0].path.name == "b-malmm"
+    one, _, _, table_4, figure_3, figure_4 = paper.tables([study], result.of)
+
+    def right(table: paper.Table) -> dict[str, str]:
+        return {name: cells[-1].note.partition(" of")[0] for name, cells in table.rows if cells[-1].kind == "ours"}
+
+    assert right(table_4) == {"Adaptive": "8", "Average, 1/M each": "6", "Equal, not 1/M": "5"}
+    assert right(figure_3) == {"λ = 0": "2", "λ = 0.1": "3", "λ = 1": "8"}
+    assert right(figure_4) == {"levels 8–13": "8", "levels 1–13 (all)": "7"}
+    assert [cell.text for cell in dict(one.rows)["Relationship (n\u00a0=\u00a091)"][-2:]] == ["25.0", "100.0"]
+
+
+def test_a_student_with_other_settings_than_the_papers_says_so_beside_the_paper(make_run: Run, tmp_path: Path) -> None:
+    make_run("runs/base", "data.task=relationship", "train.lambda_kd=0", right=(0,))
+    make_run("runs/low", "data.task=relationship", "train.lambda_kd=0.1", right=(0, 1, 2))
+    (study,) = read_studies([tmp_path / "runs"])
+    one, *_, figure_4 = paper.tables([study], answer.result_of(study).of)
+    base, low = dict(one.rows)["Relationship (n\u00a0=\u00a091)"][-2:]
+    assert base.note.startswith("1 of 8")
+    assert low.note.startswith("λ = 0.1: 3 of 8")
+    assert {cells[-1].text for _, cells in figure_4.rows} == {"not run"}
+
+
 # ---------------------------------------------------------------- what is missing
 
 
