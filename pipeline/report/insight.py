@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.report import figures
+from pipeline.report.answer import PAPERS_LEVELS
 from pipeline.report.figures import Picture
 from pipeline.report.read import Study, Variant
 from stages.train.diagnostics import level_values, saturation
@@ -284,11 +286,17 @@ def _findings(study: Study, aligned: Sequence[Variant]) -> list[str]:
 
 
 def _claim(alike: Sequence[tuple[Variant, float]]) -> str:
-    """Whether all levels aligned are more alike than the higher ones alone, where both are there."""
-    by_levels = {v.config.align.levels: value for v, value in alike if v.config is not None and v.lambda_kd}
-    every = next((value for levels, value in by_levels.items() if levels and levels[0] == 1 and len(levels) > 7), None)
-    higher = by_levels.get((8, 9, 10, 11, 12, 13))
-    if every is None or higher is None:
+    """Whether all levels aligned are more alike than the higher ones, in two variants that differ in that alone."""
+    pairs: dict[str, dict[str, float]] = {}
+    for variant, value in alike:
+        if variant.config is not None and variant.config.train.lambda_kd > 0:
+            aligned = variant.config.align.levels
+            every = len(aligned) > 7 and aligned == tuple(range(1, len(aligned) + 1))
+            name = "all" if every else "higher" if aligned == PAPERS_LEVELS else "other"
+            rest = {key: setting for key, setting in variant.runs[0].settings.items() if key != "align.levels"}
+            pairs.setdefault(json.dumps(rest, sort_keys=True), {})[name] = value
+    pair = next((pair for pair in pairs.values() if {"all", "higher"} <= set(pair)), None)
+    if pair is None:
         return "; this study has no pair that could show it"
-    verb = "agrees" if every > higher else "disagrees"
-    return f"; this study {verb}: {every:.2f} with all levels, {higher:.2f} with levels 8–13"
+    verb = "agrees" if pair["all"] > pair["higher"] else "disagrees"
+    return f"; this study {verb}: {pair['all']:.2f} with all levels, {pair['higher']:.2f} with levels 8–13"

@@ -26,7 +26,7 @@ from pipeline import presets
 from pipeline.cli import app
 from pipeline.errors import ConfigError
 from pipeline.overrides import apply
-from pipeline.report import answer, cost, paper, videos
+from pipeline.report import answer, cost, insight, paper, videos
 from pipeline.report.build import report
 from pipeline.report.read import Variant, label_of, read_studies
 from pipeline.runs import RunFolder
@@ -226,6 +226,27 @@ def test_without_the_cache_every_frame_is_encoded_at_every_step(make_run: Run, t
     assert found.encoding_once == 100 * 10
     assert found.ratio == pytest.approx((16000 + 18720) / (16000 + 1000))
     assert cost.cost_of(study, distinct_frames=None).ratio is None
+
+
+def test_the_claim_about_alike_levels_is_read_off_two_variants_that_differ_in_their_levels_only(
+    make_run: Run, tmp_path: Path
+) -> None:
+    arms = {
+        "a": (0.83, "align.levels=all"),
+        "b": (0.58, "align.levels=8-13"),
+        "c": (0.95, "align.levels=8-13", "train.lambda_kd=10"),
+    }
+    for name, (alike, *sets) in arms.items():
+        folder = make_run(f"runs/{name}", *sets)
+        levels = {"constant": None, "cosine": {}, "cka": [], "similarity": alike, "cka_teacher": []}
+        seen = {"operations": {}, "levels": levels, "per_frame": {}, "starts": None, "per_sample": {}}
+        (folder / "diagnostics.json").write_text(json.dumps(seen))
+    (study,) = read_studies([tmp_path / "runs"])
+    (told,) = insight._findings(study, study.variants)
+    assert told.endswith("this study agrees: 0.83 with all levels, 0.58 with levels 8–13.")
+    study.variants = [variant for variant in study.variants if variant.runs[0].path.name != "b"]
+    (told,) = insight._findings(study, study.variants)
+    assert told.endswith("this study has no pair that could show it.")
 
 
 def test_the_alarm_is_on_the_page(make_run: Run, tmp_path: Path) -> None:
