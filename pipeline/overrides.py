@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from stages.config import PipelineConfig
 
 SPEED_ONLY = ("data.io", "data.reader_threads")
+TEACHER_ONLY = ("align.", "teacher.")  # what does nothing where train.lambda_kd is 0
 Schema = Mapping[str, Any]  # a JSON schema, as pydantic writes it
 
 
@@ -72,6 +73,12 @@ def flatten(config: PipelineConfig) -> dict[str, Any]:
 def deciding(config: PipelineConfig) -> dict[str, Any]:
     """As ``flatten``, without what changes speed and no number: how the cache is read may differ within one run."""
     return {key: value for key, value in flatten(config).items() if key not in SPEED_ONLY}
+
+
+def effective(config: PipelineConfig) -> dict[str, Any]:
+    """As ``deciding``, without the teacher's settings where there is none: equal for runs that give equal numbers."""
+    without = TEACHER_ONLY if config.train.lambda_kd == 0 else ()
+    return {key: value for key, value in deciding(config).items() if not key.startswith(without)}
 
 
 def describe(error: ValidationError, values: Mapping[str, Any]) -> str:

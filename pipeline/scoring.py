@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline import registry
 from pipeline.errors import ConfigError
-from pipeline.overrides import deciding
+from pipeline.overrides import effective
 from pipeline.runs import RunFolder
 from stages.data.manifest import majority_answer
 from stages.data.samples import Availability
@@ -139,7 +139,7 @@ def _facts(folder: Path) -> tuple[dict[str, Any], int | None, str]:
         facts = json.loads((folder / "probe.json").read_text())
         return {"baseline": facts.get("probe")}, facts.get("seed"), str(facts.get("match"))
     config = RunFolder.open(folder).config
-    settings = deciding(config)
+    settings = effective(config)
     seed = settings.pop("train.seed")
     return settings, seed, registry.load("dataset", config.data.name).answer_rule
 
@@ -199,8 +199,12 @@ def _summary(variant: Variant, rows: Any, videos: Sequence[str]) -> dict[str, An
 
 
 def _differing(variants: Sequence[Variant]) -> dict[str, list[Any]]:
-    """Setting -> its value per variant, for every setting that is not the same in all trained ones."""
+    """Setting -> its value per variant, for every setting that is not the same in all trained ones that have it."""
     trained = [v for v in variants if "baseline" not in v.settings]
     keys = sorted({key for v in trained for key in v.settings})
     values = {key: [v.settings.get(key) for v in variants] for key in keys}
-    return {key: row for key, row in values.items() if len({json.dumps(v.settings.get(key)) for v in trained}) > 1}
+
+    def told(key: str) -> set[str]:
+        return {json.dumps(v.settings[key]) for v in trained if key in v.settings}
+
+    return {key: row for key, row in values.items() if len(told(key)) > 1}

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline import overrides
 from pipeline.errors import ConfigError
@@ -181,10 +180,7 @@ def _name(arm: str, seed: int) -> str:
 
 def _fingerprint(variant: Variant) -> str:
     """Equal for variants that train to the same weights."""
-    flat: dict[str, Any] = overrides.deciding(variant.config)
-    if variant.config.train.lambda_kd == 0:
-        flat = {key: value for key, value in flat.items() if not key.startswith(("align.", "teacher."))}
-    return json.dumps([flat, variant.needs], sort_keys=True)
+    return json.dumps([overrides.effective(variant.config), variant.needs], sort_keys=True)
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

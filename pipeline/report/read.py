@@ -13,7 +13,7 @@ from typing import Any, cast
 from pipeline import registry
 from pipeline.errors import ConfigError
 from pipeline.ledger import FILE as LEDGER
-from pipeline.overrides import deciding
+from pipeline.overrides import TEACHER_ONLY, effective
 from pipeline.printing import in_one_line
 from pipeline.runs import RunFolder, free_folder
 from stages.config import PipelineConfig
@@ -21,7 +21,6 @@ from stages.decode.evaluate import read_predictions
 from stages.decode.metrics import Match, Prediction
 
 DEPTH = 5  # folders below the one that was named
-NO_EFFECT_WITHOUT_KD = "align."
 MATCHED = "align.uniform_weight"  # the one setting, beside the seed, that may differ within an arm of an ablation
 
 
@@ -40,7 +39,7 @@ class Run:
     path: Path
     name: str
     seed: int | None
-    settings: Mapping[str, Any]  # flattened, without the seed; for a baseline its name
+    settings: Mapping[str, Any]  # those that can change a number, flattened, without the seed; for a baseline its name
     config: PipelineConfig | None  # None for a baseline
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
     records: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
@@ -176,7 +175,7 @@ def _read(root: Path, folder: Path) -> Run:
         seed = facts.get("seed") if isinstance(facts.get("seed"), int) else None
         return Run(folder, name, seed, settings, None, tuple(said), missing=tuple(missing))
     run = RunFolder.open(folder)
-    settings = deciding(run.config)
+    settings = effective(run.config)
     del settings["train.seed"]
     seed = run.config.train.seed
     records = part(run.metrics_path, run.metrics, "a training log", f"pipeline train-student --out {quoted}", [])
@@ -232,7 +231,7 @@ def _study(runs: Sequence[Run], arms: Mapping[Path, str]) -> Study:
     telling = [
         key
         for key in differing
-        if not key.startswith(NO_EFFECT_WITHOUT_KD) or len({json.dumps(s.get(key)) for s in with_kd}) > 1
+        if not key.startswith(TEACHER_ONLY) or len({json.dumps(s.get(key)) for s in with_kd}) > 1
     ]
     for variant, settings in zip(variants, effective, strict=True):
         variant.label = label_of(settings, telling) if telling else variant.runs[0].name
@@ -247,7 +246,7 @@ def _settings(runs: Sequence[Run], arms: Mapping[Path, str]) -> dict[Path, dict[
 
     A matched arm takes its weight from the adaptive run of the same seed: its seeds differ in that setting too.
     """
-    settings_of = {run.path: _effective(run) for run in runs}
+    settings_of = {run.path: dict(run.settings) for run in runs}
     members: dict[str, list[dict[str, Any]]] = {}
     for path, settings in settings_of.items():
         if path in arms:
@@ -257,13 +256,6 @@ def _settings(runs: Sequence[Run], arms: Mapping[Path, str]) -> dict[Path, dict[
             for settings in arm:
                 settings[MATCHED] = "by seed"
     return settings_of
-
-
-def _effective(run: Run) -> dict[str, Any]:
-    """Settings that can change a number of this run: without alignment none of ``align`` does."""
-    if run.config is not None and run.config.train.lambda_kd == 0:
-        return {key: value for key, value in run.settings.items() if not key.startswith(NO_EFFECT_WITHOUT_KD)}
-    return dict(run.settings)
 
 
 def _join(variants: list[Variant], key: str, label: str, run: Run) -> None:

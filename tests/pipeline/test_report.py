@@ -177,7 +177,7 @@ def test_one_run_alone_is_no_comparison(make_run: Run, tmp_path: Path) -> None:
 
 def test_settings_without_effect_do_not_make_two_variants(make_run: Run, tmp_path: Path) -> None:
     make_run("runs/a", "train.lambda_kd=0", "align.levels=13")
-    make_run("runs/b", "train.lambda_kd=0", "align.levels=all", "train.seed=7")
+    make_run("runs/b", "train.lambda_kd=0", "align.levels=all", "teacher.grid=2", "train.seed=7")
     make_run("runs/c", "align.levels=all")
     (study,) = read_studies([tmp_path / "runs"])
     assert [len(v.runs) for v in study.variants] == [2, 1]

@@ -65,6 +65,16 @@ def test_seeds_of_one_setting_are_one_variant_and_the_test_is_paired(
     assert "60 samples of 20 videos" in shown
 
 
+def test_without_alignment_the_teachers_settings_make_no_variant(tmp_path: Path) -> None:
+    low = [
+        answered(tmp_path / f"low{s}", 0.3, seed=s, sets=("train.lambda_kd=0", *sets))
+        for s, sets in enumerate([(), ("align.levels=all",), ("teacher.grid=2",)])
+    ]
+    result = compare([*low, answered(tmp_path / "high", 0.8, seed=0, sets=("align.levels=13",))], split="test")
+    assert [v["seeds"] for v in result["variants"]] == [[0, 1, 2], [0]]
+    assert result["differing"] == {"train.lambda_kd": [0.0, 1.0]}
+
+
 def test_only_samples_that_all_have_answered_count(tmp_path: Path) -> None:
     whole = answered(tmp_path / "whole", 0.5, seed=0)
     part = answered(tmp_path / "part", 0.5, seed=0, sets=("train.lr=0.5",), number=42)
