@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from stages.train import diagnostics
 from stages.train.diagnostics import Observed
 from stages.train.loop import Trainer, module_weights
 from stages.train.student import Student
+from stages.types import Sample
 
 FORMAT = 1
 
@@ -50,7 +52,8 @@ def diagnose(
     dataset = load_dataset(config)
     stores = [store for store in (tokens, pooled) if store is not None]
     found = available_samples(config, samples_of(dataset, split), stores, cache, split)
-    chosen = [found.samples[i] for i in evenly(len(found.samples), samples)]
+    fitting, others = alike(found.samples)
+    chosen = [fitting[i] for i in evenly(len(fitting), samples)]
     data = CachedSamples(chosen, tokens, pooled)
     loaded = run.load_checkpoint(checkpoint)
     aligned = config.train.lambda_kd > 0
@@ -69,7 +72,7 @@ def diagnose(
         "checkpoint": loaded.path.name,
         "split": split,
         "samples": len(chosen),
-        "num_frames": config.data.num_frames,
+        "num_frames": chosen[0].draws.shape[1],
         "levels": _levels(seen, _target(batches)),
         "per_frame": {str(u): _rounded(cosine.mean(0)) for u, cosine in _cosines(seen).items()},
         "starts": None if not readings else _rounded(torch.cat([r.starts for r in readings]).mean(0)),
@@ -89,8 +92,17 @@ def diagnose(
         "cosine": result["levels"]["cosine"],
         "centred": result["levels"]["centred"],
         "similarity_of_levels": result["levels"]["similarity"],
-        "warnings": list(dataset.warnings),
+        "warnings": [*dataset.warnings, *([others] if others else [])],
     }
+
+
+def alike(samples: Sequence[Sample]) -> tuple[list[Sample], str]:
+    """The samples with the most frequent number of frames, so that frame t means one thing, and a word on the others."""
+    counts = Counter(sample.draws.shape[1] for sample in samples)
+    length, number = counts.most_common(1)[0]
+    others = len(samples) - number
+    said = f"{others} samples with another number of frames than {length} are not looked at" if others else ""
+    return [sample for sample in samples if sample.draws.shape[1] == length], said
 
 
 def evenly(count: int, wanted: int) -> list[int]:

@@ -286,10 +286,15 @@ class Trainer:
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def probe(self, data: CachedSamples) -> dict[str, float]:
-        """Diagnostics on the first training samples, always the same ones; no trained number depends on it."""
-        looked_at = range(min(diagnostics.PROBE_SAMPLES, len(data)))
+        """Diagnostics on the first training samples with as many frames as the first one has, always the same ones.
+
+        No trained number depends on it.
+        """
+        length = data.samples[0].draws.shape[1]
+        alike = (i for i, sample in enumerate(data.samples) if sample.draws.shape[1] == length)
+        looked_at = list(itertools.islice(alike, diagnostics.PROBE_SAMPLES))
         size = self.cfg.micro_batch or len(looked_at)
-        batches = (data.batch(looked_at[first : first + size]) for first in looked_at[::size])
+        batches = (data.batch(looked_at[first : first + size]) for first in range(0, len(looked_at), size))
         seen = diagnostics.observe(self.student, self.alignment, batches)
         return diagnostics.scalars(seen, last_frames=num_aligned_frames(self.align_cfg.frames, seen.hidden[1].shape[1]))
 

@@ -72,10 +72,16 @@ class Frames:
     """Features [T, P, C] of every sample at its evaluation frames; a pooled teacher has P = 1.
 
     Read once where they fit into memory, else whenever they are asked for.
+
+    Raises:
+        ProbeRefused: the samples have different numbers of frames.
     """
 
     def __init__(self, store: FeatureStore, samples: Sequence[Sample]) -> None:
         self.store, self.samples = store, samples
+        lengths = {len(sample.frame_index) for sample in samples}
+        if len(lengths) > 1:
+            raise ProbeRefused(f"the samples have {min(lengths)} to {max(lengths)} frames; a probe needs one number")
         shape = store.spec.frame_shape
         tokens, width = (shape[0], shape[1]) if store.modality == "tokens" else (1, math.prod(shape))
         self.shape = (len(samples[0].frame_index), tokens, width)

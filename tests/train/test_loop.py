@@ -128,6 +128,19 @@ def test_frames_are_averaged_per_sample_where_samples_have_different_numbers(
     assert logs[0]["loss_kd"] == pytest.approx(logs[1]["loss_kd"], rel=1e-6)
 
 
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_samples_of_different_length_are_trained_and_probed(
+    make_trainer: MakeTrainer, cached: CachedSamples, micro_batch: int
+) -> None:
+    """The probe looks at samples of one length, and gives the numbers that it gives where no others are."""
+    samples = [replace(s, draws=s.draws[:, :2]) if i % 3 else s for i, s in enumerate(cached.samples)]
+    mixed = CachedSamples(samples, cached.tokens, cached.pooled)
+    trainer = make_trainer(batch_size=7, micro_batch=micro_batch, epochs=1)
+    records, _ = run(trainer, mixed)
+    alone = trainer.probe(CachedSamples(samples[::3], cached.tokens, cached.pooled))
+    assert {key: records[-1][key] for key in alone} == pytest.approx(alone)
+
+
 def test_training_lowers_both_losses(make_trainer: MakeTrainer, cached: CachedSamples) -> None:
     records, _ = run(make_trainer(epochs=40, batch_size=7), cached)
     assert records[-1]["loss_ce"] < 0.7 * records[0]["loss_ce"]

@@ -255,6 +255,9 @@ def test_what_a_probe_cannot_do_is_refused(
     monkeypatch.setattr(probes, "MAX_FLAT", T * P * C - 1)
     with pytest.raises(ProbeRefused, match="60 numbers per sample"):
         probes.clip_flat(stores, splits)
+    uneven = [replace(s, draws=s.draws[:, :2]) if i == 3 else s for i, s in enumerate(splits.val)]
+    with pytest.raises(ProbeRefused, match="the samples have 2 to 3 frames"):
+        probes.clip_mean(stores, splits._replace(val=uneven))
     monkeypatch.setattr(probes, "MAX_CLASSES", 3)
     with pytest.raises(ProbeRefused, match="4 different answers"):
         probes.clip_mean(stores, splits)
