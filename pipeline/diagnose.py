@@ -97,7 +97,7 @@ def diagnose(
 
 
 def alike(samples: Sequence[Sample]) -> tuple[list[Sample], str]:
-    """The samples with the most frequent number of frames, so that frame t means one thing, and a word on the others."""
+    """The samples with the most frequent number of frames, so that frame t means one thing; a word on the others."""
     counts = Counter(sample.draws.shape[1] for sample in samples)
     length, number = counts.most_common(1)[0]
     others = len(samples) - number
