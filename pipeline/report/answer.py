@@ -248,9 +248,10 @@ def describe(contrast: Contrast, result: Result) -> str:
     a, b = result.scores[contrast.reference.key], result.scores[contrast.variant.key]
     test, interval, p = contrast.test, contrast.interval, p_value(contrast.p_holm)
     within = "" if interval is None else f", 95 % interval {signed(interval[0])} to {signed(interval[1])}"
+    seeds = "" if test.seed_p is None else f", over seeds {test.seed_p:.2g}"
     return (
         f"{contrast.variant.label} has {percent(b.top1)} % right, {contrast.reference.label} {percent(a.top1)} %: "
-        f"{signed(test.difference)} points{within}, p {p if p.startswith('<') else f'= {p}'}."
+        f"{signed(test.difference)} points{within}, p over videos {p if p.startswith('<') else f'= {p}'}{seeds}."
     )
 
 

@@ -166,6 +166,8 @@ def test_one_seed_a_variant_decides_nothing(
     assert contrast.test.difference == 1
     sure = replace(result, contrasts=(replace(contrast, p_holm=0.001),))  # four videos alone have a p of 1/8
     assert answer.headline(sure).verdict == verdict
+    tested = {1: "p over videos = 0.001.", 2: "p over videos = 0.001, over seeds 0.5."}
+    assert answer.headline(sure).sentences[0].endswith(tested[len(seeds)])
 
 
 def test_one_run_alone_is_no_comparison(make_run: Run, tmp_path: Path) -> None:
