@@ -14,6 +14,7 @@ from stages.decode.metrics import Match, Prediction, hits, score
 from stages.decode.statistics import Interval, Paired, holm, paired, share_interval
 
 SURE = 0.05  # adjusted p below which a difference may be called one
+ENOUGH_SEEDS = 10  # five have shown a difference that ten took back (tests/bench/results/studies_2core-cpu_20261128.md)
 PAPERS_LAMBDA = 1.0  # §4.2, on LVU
 PAPERS_LEVELS = (8, 9, 10, 11, 12, 13)  # §4.2
 
@@ -259,7 +260,11 @@ def _basis(result: Result, scored: Sequence[Variant]) -> tuple[str, ...]:
     first = result.scores[scored[0].key]
     seeds = sorted({result.scores[v.key].seeds for v in scored})
     told = f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    caution = " With one seed, a difference may be the seed’s." if seeds == [1] and len(scored) > 1 else ""
+    caution = ""
+    if len(scored) > 1 and seeds[0] < ENOUGH_SEEDS:
+        caution = f" With fewer than {ENOUGH_SEEDS} seeds the intervals are too short more often than they say."
+    if len(scored) > 1 and seeds == [1]:
+        caution = " With one seed, a difference may be the seed’s."
     few = f" {first.videos} videos are few: true intervals are wider." if first.videos < 20 else ""
     return (f"{first.n} questions about {first.videos} test videos, {told} per variant.{caution}{few}",)
 

@@ -135,7 +135,7 @@ def test_the_scores_on_the_page_are_those_of_the_answers(make_run: Run, tmp_path
     assert "+37.5 points" in page.text
     assert "No difference is shown." in page.text  # four videos cannot show one
     assert "With 1" not in page.text
-    assert "8 questions about 4 test videos, 1 to 2 seeds per variant" in page.text
+    assert "8 questions about 4 test videos, 1 to 2 seeds per variant. With fewer than 10 seeds" in page.text
 
 
 def test_a_difference_that_the_seeds_do_not_agree_on_is_not_called_one() -> None:
