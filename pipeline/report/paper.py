@@ -27,6 +27,7 @@ FIGURE_4 = {"8–13": 69.2, "1–13": 53.9}  # §4.4: all levels are "nearly 15.
 FIGURE_4_WORDS = {"1–7": "“only slightly less effective” than 8–13", "13": "no number in the text"}
 WORLD = "clips"  # the miniature's dataset: other videos, so its figures answer another question
 NOT_RUN = "not run"
+PAPERS_LAYER = 8  # of the DiT, §4.2
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def _off(variant: Variant, dataset: str = "lvu") -> dict[str, float]:
     found = {"student": float(config.student.name != "malmm")}
     if config.train.lambda_kd > 0:
         align = config.align
-        found["targets"] = float(align.target_norm != "none" or config.teacher.grid != 1)
+        teacher = (config.teacher.layer, config.teacher.grid)
+        found["targets"] = float(align.target_norm != "none" or teacher != (PAPERS_LAYER, 1))
         found["levels"] = float(align.levels != PAPERS_LEVELS)
         found["weights"] = float(align.weights != "adaptive")
         found["lambda"] = abs(config.train.lambda_kd - (0.0005 if dataset == "msvd_qa" else PAPERS_LAMBDA))

@@ -346,12 +346,15 @@ def test_beside_a_point_of_the_paper_stands_the_run_that_is_the_papers_in_everyt
 def test_a_student_with_other_settings_than_the_papers_says_so_beside_the_paper(make_run: Run, tmp_path: Path) -> None:
     make_run("runs/base", "data.task=relationship", "train.lambda_kd=0", right=(0,))
     make_run("runs/low", "data.task=relationship", "train.lambda_kd=0.1", right=(0, 1, 2))
+    make_run("runs/layer", "data.task=relationship", "train.lambda_kd=1", "teacher.layer=6", right=(0, 1))
     (study,) = read_studies([tmp_path / "runs"])
-    one, *_, figure_4 = paper.tables([study], answer.result_of(study).of)
+    one, *_, figure_3, figure_4 = paper.tables([study], answer.result_of(study).of)
     base, low = dict(one.rows)["Relationship (n\u00a0=\u00a091)"][-2:]
     assert base.note.startswith("1 of 8")
-    assert low.note.startswith("λ = 0.1: 3 of 8")
+    assert low.note.startswith("λ = 0.1")
+    assert ": 3 of 8" in low.note
     assert {cells[-1].text for _, cells in figure_4.rows} == {"not run"}
+    assert dict(figure_3.rows)["λ = 1"][-1].text == "not run"
 
 
 # ---------------------------------------------------------------- what is missing
