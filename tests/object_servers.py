@@ -94,8 +94,8 @@ def use_google(monkeypatch: pytest.MonkeyPatch, port: int, **retry: Any) -> None
 
 
 def use_for(url: str, monkeypatch: pytest.MonkeyPatch, port: int, **retry: Any) -> None:
-    """The one of these that the URL asks for."""
-    {"s3": use, "az": use_azure, "gs": use_google}[url[:2]](monkeypatch, port, **retry)
+    """``use`` or ``use_azure``, as the URL asks for."""
+    {"s3": use, "az": use_azure}[url[:2]](monkeypatch, port, **retry)
 
 
 def use_no_store(monkeypatch: pytest.MonkeyPatch, **retry: Any) -> None:

@@ -262,7 +262,7 @@ def _basis(result: Result, scored: Sequence[Variant]) -> tuple[str, ...]:
     told = f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     caution = ""
     if len(scored) > 1 and seeds[0] < ENOUGH_SEEDS:
-        caution = f" With fewer than {ENOUGH_SEEDS} seeds the intervals are too short more often than they say."
+        caution = f" With fewer than {ENOUGH_SEEDS} seeds, intervals that draw seeds tend to be too short."
     if len(scored) > 1 and seeds == [1]:
         caution = " With one seed, a difference may be the seed’s."
     few = f" {first.videos} videos are few: true intervals are wider." if first.videos < 20 else ""

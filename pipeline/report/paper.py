@@ -121,9 +121,8 @@ def _score(variant: Variant | None, scores: Scores) -> Cell:
     return ours(None if variant is None else scores(variant))
 
 
-def _student(variant: Variant | None, scores: Scores, dataset: str) -> Cell:
-    """As ``_score``, and where the settings are not the paper's the note says which run it is."""
-    cell = _score(variant, scores)
+def _named(cell: Cell, variant: Variant | None, dataset: str = "lvu") -> Cell:
+    """The cell; where the settings of its run are not the paper's, the note says which run it is."""
     if variant is None or cell.kind != "ours" or not any(_off(variant, dataset).values()):
         return cell
     return replace(cell, note=f"{variant.label or variant.runs[0].name}: {cell.note}")
@@ -137,7 +136,8 @@ def _table_1(studies: Sequence[Study], scores: Scores) -> Table:
     for task, name, n, base, diff in zip(TASKS, TASK_NAMES, WINDOWS, TABLE_1_MALMM, TABLE_1_DIFFLMM, strict=True):
         cells = [theirs(base), theirs(diff)]
         for dataset in ("lvu", WORLD) if world else ("lvu",):
-            cells += [_student(student_of(studies, dataset, task, aligned=on), scores, dataset) for on in (False, True)]
+            found = [student_of(studies, dataset, task, aligned=aligned) for aligned in (False, True)]
+            cells += [_named(_score(variant, scores), variant, dataset) for variant in found]
         rows.append((f"{name} (n\u00a0=\u00a0{n})", tuple(cells)))
     note = (
         " The small world has tasks of the same names on other videos: those columns are no reproduction."
@@ -153,7 +153,7 @@ def _table_2(studies: Sequence[Study]) -> Table:
         cells = [theirs(base), theirs(diff)]
         for aligned in (False, True):
             variant = student_of(studies, "lvu", "relationship", aligned=aligned)
-            cells.append(_recall(variant, label))
+            cells.append(_named(_recall(variant, label), variant))
         rows.append((name, tuple(cells)))
     columns = ("MA-LMM, paper", "Diff-LMM, paper", "MA-LMM, ours", "Diff-LMM, ours")
     return Table("Table 2. Two labels of LVU relationship, recall in %", columns, tuple(rows))
@@ -172,7 +172,8 @@ def _recall(variant: Variant | None, label: str) -> Cell:
 def _table_3(studies: Sequence[Study], scores: Scores) -> Table:
     cells = [Cell(NOT_RUN, "missing")] * 2
     for i, aligned in enumerate((False, True)):
-        cells[i] = _student(student_of(studies, "msvd_qa", None, aligned=aligned), scores, "msvd_qa")
+        variant = student_of(studies, "msvd_qa", None, aligned=aligned)
+        cells[i] = _named(_score(variant, scores), variant, "msvd_qa")
     columns = ("MA-LMM, paper", "Diff-LMM, paper", "MA-LMM, ours", "Diff-LMM, ours")
     return Table("Table 3. MSVD-QA, accuracy in %", columns, (("MSVD-QA", (*map(theirs, TABLE_3), *cells)),))
 

@@ -309,6 +309,10 @@ def test_only_runs_on_lvu_stand_in_the_columns_of_lvu(make_run: Run, tmp_path: P
     wives = dict(two.rows)["Husband & wife"]
     assert (wives[3].text, wives[3].note) == ("50.0", "1 of 2")
     assert [cell.text for cell in three.rows[0][1]] == ["60.6", "60.8", "not run", "not run"]
+    make_run("others/half", "train.lambda_kd=0.5", config=lvu, right=(0, 1, 2), truths=truths)
+    (other,) = read_studies([tmp_path / "others"])
+    wives = dict(paper.tables([other], answer.result_of(other).of)[1].rows)["Husband & wife"]
+    assert wives[3].note == "half: 1 of 2"  # another λ than the paper's
 
 
 def test_beside_a_point_of_the_paper_stands_the_run_that_is_the_papers_in_everything_else(
