@@ -25,9 +25,10 @@ import torch
 
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
-from pipeline import compose, inputs, overrides, training
+from pipeline import answers, compose, inputs, overrides, provenance, training
 from pipeline.ledger import Ledger
 from pipeline.progress import OnProgress
+from pipeline.provenance import RunProvenance
 from pipeline.runs import RunFolder
 from pipeline.variants import MATCHED, Variant
 from stages import weights
@@ -70,19 +71,19 @@ def ablate(
     complete = [variant for variant in variants if variant.needs is None]
     for variant in complete:
         if (out / variant.name / "config.json").exists():
-            # Refuses other settings, before anything is changed.
-            RunFolder.create(out / variant.name, variant.config, out=out)
+            # Refuses other settings, questions and features, before anything is changed.
+            sources.run_folder(out, variant)
     # The table comes before the first run folder: it marks ``out`` as ours, whenever this is killed.
     ledger = Ledger.create(out, variants, rule=sources.dataset(variants[0].config).answer_rule)
     for variant in complete:
-        RunFolder.create(out / variant.name, variant.config, out=out)
-    todo = [[v for v in members if not ledger.is_settled(v.name)] for members in passes]
+        sources.run_folder(out, variant)
+    todo = [[v for v in members if not sources.is_settled(ledger, v)] for members in passes]
     runner = Runner(sources, ledger, device, memory, progress)
     started = time.monotonic()
     for members in todo:
         runner.run([variant for variant in members if variant.needs is None])
     for members in todo:  # a matched arm is complete only when the adaptive arm of its seed has been scored
-        matched = [_matched(variant, ledger) for variant in members if variant.needs is not None]
+        matched = [_matched(variant, ledger, sources) for variant in members if variant.needs is not None]
         runner.run([variant for variant in matched if variant is not None])
     cost = {"rounds": runner.rounds, "llm_loads": runner.llm_loads, "seconds": time.monotonic() - started}
     done_before = len(variants) - sum(map(len, todo))
@@ -97,6 +98,7 @@ class Sources:
         self._datasets: dict[str, Any] = {}
         self._stores: dict[str, list[FeatureStore]] = {}
         self._samples: dict[str, tuple[Sample, ...]] = {}
+        self._learned: dict[str, RunProvenance] = {}
 
     def dataset(self, config: PipelineConfig) -> Any:
         """The dataset that ``data`` names."""
@@ -125,6 +127,43 @@ class Sources:
             self._samples[key] = few(found, config.train.max_samples, config.train.seed)
         return self._samples[key]
 
+    def run_folder(self, out: Path, variant: Variant) -> RunFolder:
+        """The variant's run folder, made or opened. Raises ConfigError where it learned from something else."""
+        config, folder = variant.config, out / variant.name
+        key = f"{config.train.lambda_kd > 0}{_text(config, 'data', 'clip', 'teacher')}{config.train.select}"
+        if key not in self._learned:
+            stores = self.stores(config)
+            train = inputs.available_samples(
+                config, inputs.samples_of(self.dataset(config), "train"), stores, self.cache, "train"
+            ).samples
+            val = self.validation_samples(config)
+            self._learned[key] = provenance.of_run(
+                config, stores, {"train": train} | ({} if val is None else {"val": val}), cache=self.cache, out=folder
+            )
+        known = replace(
+            self._learned[key],
+            settings=provenance.settings_of(config),
+            frozen=provenance.frozen(config),
+            cache=provenance.seen_from(folder, self.cache),
+            started_in=provenance.seen_from(folder, Path.cwd()),
+        )
+        return RunFolder.create(folder, config, provenance=known, out=out)
+
+    def validation_samples(self, config: PipelineConfig) -> tuple[Sample, ...] | None:
+        """What selects the checkpoint; None where the last one is taken."""
+        return training.validation_samples(config, self.dataset(config), self.stores(config), self.cache)
+
+    def is_settled(self, ledger: Ledger, variant: Variant) -> bool:
+        """Whether another start has nothing to do: what was answered is what would be answered today."""
+        if not ledger.is_settled(variant.name):
+            return False
+        if ledger.rows[variant.name]["status"] != "done":
+            return True
+        run = RunFolder.open(ledger.out / variant.name)
+        dataset = self.dataset(variant.config)
+        now = compose.evaluation(run, split="test", cache=self.cache, dataset=dataset)
+        return answers.read_own(run, "test").digest == now.made_from.digest
+
     def train_set(self, configs: Sequence[PipelineConfig]) -> CachedSamples:
         """What the runs of one pass learn from; with a teacher as soon as one of them has one."""
         aligned = next((config for config in configs if config.train.lambda_kd > 0), configs[0])
@@ -144,7 +183,7 @@ def _passes(variants: Sequence[Variant], sources: Sources, *, wanted: bool) -> l
     return list(passes.values())
 
 
-def _matched(variant: Variant, ledger: Ledger) -> Variant | None:
+def _matched(variant: Variant, ledger: Ledger, sources: Sources) -> Variant | None:
     """The variant with the weight that its adaptive twin used on average; None where that one has failed."""
     assert variant.needs is not None
     means = [
@@ -158,9 +197,10 @@ def _matched(variant: Variant, ledger: Ledger) -> Variant | None:
         return None
     weight = round(float(np.mean(means)), 6)
     config = overrides.apply(variant.config, [f"align.uniform_weight={weight}"])
-    RunFolder.create(ledger.out / variant.name, config, out=ledger.out)
+    variant = replace(variant, config=config, needs=None)
+    sources.run_folder(ledger.out, variant)
     ledger.note(variant.name, settings={**variant.settings, "align.uniform_weight": f"{weight:g} ({MATCHED})"})
-    return replace(variant, config=config, needs=None)
+    return variant
 
 
 @dataclass
@@ -244,7 +284,7 @@ class Runner:
         for variant in variants:
             with self._dropping(variant):
                 trainer = self._trainer(variant, data, decoder)
-                run = RunFolder.create(self.ledger.out / variant.name, variant.config, out=self.ledger.out)
+                run = RunFolder.open(self.ledger.out / variant.name)
                 ready.append((variant, run, trainer, training.resume_run(run, trainer)))
         with contextlib.ExitStack() as stack:
             entrants = []
@@ -268,15 +308,15 @@ class Runner:
             )
 
     def _validation(self, config: PipelineConfig, trainer: Trainer, kept: Kept) -> Callable[[], float] | None:
-        dataset, stores = self.sources.dataset(config), self.sources.stores(config)
-        return training.validation(config, dataset, stores, self.sources.cache, trainer, samples_from=kept.samples)
+        dataset, tokens = self.sources.dataset(config), self.sources.stores(config)[0]
+        val = self.sources.validation_samples(config)
+        return training.validation(config, dataset, val, tokens, trainer, samples_from=kept.samples)
 
     def _score(self, variant: Variant, decoder: Decoder, kept: Kept) -> None:
         with self._dropping(variant):
             found = compose.evaluate(
-                None,
+                self.ledger.out / variant.name,
                 cache=self.sources.cache,
-                out=self.ledger.out / variant.name,
                 split="test",
                 checkpoint=None,
                 device=self.device,
@@ -284,6 +324,7 @@ class Runner:
                 progress=lambda *_: None,
                 decoder=decoder,
                 samples_from=kept.samples,
+                dataset=self.sources.dataset(variant.config),
             )
             self._tell(variant, found)
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
-from pipeline import registry, scoring
+from pipeline import provenance, registry, scoring
+from pipeline.answers import predictions_file
 from pipeline.errors import ConfigError
 from pipeline.inputs import available_samples, load_dataset, open_stores, refuse_leaks, samples_of
 from pipeline.printing import to_json
@@ -68,7 +68,7 @@ def baselines(
     for number, (name, probe) in enumerate(fits.items()):
         progress(number, len(fits), name)
         source = stores["teacher" if name.startswith("teacher") else "clip"]
-        path, run = scoring.predictions_file(out / name, split), f"{name}:{_digest(config, source, splits)}"
+        path, run = predictions_file(out / name, split), f"{name}:{_digest(config, source, splits)}"
         try:
             if not _is_there(path, run, splits.test):
                 predictions, chosen = _answers(probe, stores, splits, config.train.seed, run)
@@ -146,12 +146,6 @@ def _is_there(path: Path, run: str, samples: Sequence[Sample]) -> bool:
 
 def _digest(config: PipelineConfig, store: FeatureStore, splits: Splits) -> str:
     """Names everything that an answer follows from: method, seed, features, and the samples of every split."""
-    facts = {
-        "method": METHOD,
-        "seed": config.train.seed,
-        "features": store.spec.digest(),
-        "samples": [
-            [(s.sample_id, s.video_id, s.prompt, s.answer, s.frame_index.tolist()) for s in part] for part in splits
-        ],
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    questions = [[provenance.sample_digest(sample) for sample in part] for part in splits]
+    read = provenance.features(store, [sample for part in splits for sample in part])
+    return provenance.digest_of([METHOD, config.train.seed, read, questions])

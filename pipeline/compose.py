@@ -6,23 +6,25 @@ Every function returns the dict that ``--json`` prints. What it reads is put tog
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from cache_schema.objects import StorePath
-from pipeline import inputs, scoring, training
+from cache_schema.objects import StorePath, locate
+from cache_schema.store import FeatureStore
+from pipeline import answers, inputs, provenance, scoring, training
 from pipeline.errors import ConfigError
 from pipeline.inputs import BOTH, SamplesFrom, Which
+from pipeline.overrides import apply
 from pipeline.progress import OnProgress, Stopwatch
+from pipeline.provenance import AnswersProvenance
 from pipeline.runs import RunFolder
 from stages.config import PipelineConfig
 from stages.data.manifest import coverage, estimate
-from stages.data.samples import CachedSamples, few
+from stages.data.samples import Availability, CachedSamples, few
 from stages.decode.evaluate import ClosedSets, by_window, resume
 from stages.decode.evaluate import evaluate as answer
 from stages.extract.run import Job
@@ -98,7 +100,9 @@ def train(
     aligned = config.train.lambda_kd > 0
     stores = inputs.open_stores(config, cache, aligned=aligned)
     data = inputs.available_samples(config, samples, stores, cache, "train")
-    run = RunFolder.create(out, config)
+    val = training.validation_samples(config, dataset, stores, cache)
+    learned = {"train": data.samples} | ({} if val is None else {"val": val})
+    run = RunFolder.create(out, config, provenance=provenance.of_run(config, stores, learned, cache=cache, out=out))
     readers = config.data.reader_threads
     train_set = CachedSamples(few(data.samples, config.train.max_samples, config.train.seed), *stores, readers=readers)
     trainer = training.build_trainer(config, train_set, device)
@@ -113,7 +117,7 @@ def train(
             save=save,
             first_step=state["step"],
             best=state["best"],
-            validate=training.validation(config, dataset, stores, cache, trainer),
+            validate=training.validation(config, dataset, val, stores[0], trainer),
             progress=progress,
         )
     alarm = diagnostics.saturation(run.metrics()) if config.align.weights == "adaptive" else None
@@ -124,11 +128,81 @@ def train(
 # ---------------------------------------------------------------- stage 3
 
 
-def evaluate(
-    config: PipelineConfig | None,
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation reads, before any model is loaded.
+
+    Attributes:
+        config: the run's, with the settings that were changed for this evaluation.
+        samples: the whole split.
+        available: what the cache can serve of it.
+        tokens: the CLIP store.
+        closed: label sets, where they are asked about too.
+        made_from: the provenance of its answers.
+    """
+
+    config: PipelineConfig
+    dataset: Any
+    samples: Sequence[Sample]
+    available: Availability
+    tokens: FeatureStore
+    closed: ClosedSets | None
+    made_from: AnswersProvenance
+
+
+def evaluation(
+    run: RunFolder,
     *,
+    split: str,
     cache: StorePath,
-    out: Path,
+    sets: Sequence[str] = (),
+    checkpoint: str = "",
+    dataset: Any = None,
+) -> Evaluation:
+    """Find out what an evaluation of ``run`` reads, and what its answers are therefore made from.
+
+    Args:
+        run: the run.
+        split: to answer.
+        cache: the feature store.
+        sets: settings that are others than the run's, as typed.
+        checkpoint: by name; "" is the one that the run stands for.
+        dataset: what ``data`` of the configuration names, where it is loaded already.
+
+    Raises:
+        ConfigError: no such split, checkpoint or setting; a setting that no evaluation reads.
+        cache_schema.errors.CacheError: the cache lacks features, or has others than the run read.
+    """
+    ineffective = [item for item in sets if item.startswith(provenance.IGNORED)]
+    if ineffective:
+        raise ConfigError(f"{ineffective[0]} changes training, not an evaluation; train with it in a folder of its own")
+    config = apply(run.located_config, sets)
+    dataset = inputs.load_dataset(config) if dataset is None else dataset
+    samples = inputs.samples_of(dataset, split)
+    tokens = inputs.open_stores(config, cache, aligned=False)[0]
+    if not any(item.startswith("clip.") for item in sets):
+        inputs.refuse_features_of_another_run(run, tokens)
+    available = inputs.available_samples(config, samples, [tokens], cache, split)
+    closed = _closed_sets(config, dataset, available.samples)
+    made_from = provenance.of_answers(
+        run,
+        config,
+        split=split,
+        samples=samples,
+        available=available.samples,
+        tokens=tokens,
+        labels=None if closed is None else closed.labels,
+        checkpoint=checkpoint,
+        changed=provenance.changed_settings(apply(run.config, sets), run.config),
+    )
+    return Evaluation(config, dataset, samples, available, tokens, closed, made_from)
+
+
+def evaluate(
+    run_path: Path,
+    *,
+    cache: StorePath | None = None,
+    sets: Sequence[str] = (),
     split: str,
     checkpoint: str | None,
     device: str,
@@ -136,52 +210,65 @@ def evaluate(
     progress: OnProgress,
     decoder: Decoder | None = None,
     samples_from: SamplesFrom | None = None,
+    dataset: Any = None,
 ) -> dict[str, Any]:
     """Answer a split with the student of a run folder, write predictions, score them.
 
-    ``config`` replaces the run's own, for example to decode otherwise; sizes of the student must be those of the run.
-    A ``decoder`` that is given must be the one that the configuration names.
+    Args:
+        run_path: the run folder.
+        cache: the feature store; None: the one that the run read.
+        sets: settings that are others than the run's, as typed. Their answers are kept in a file of their own.
+        split: to answer.
+        checkpoint: by name; None is the one that the run stands for.
+        device: for student and language model.
+        dry_run: only count.
+        progress: told of the samples that are answered.
+        decoder: the language model that the configuration names, where it is loaded already.
+        samples_from: how features are read.
+        dataset: what the configuration names, where it is loaded already.
     """
-    run = RunFolder.open(out)
-    config = config or run.config
-    dataset = inputs.load_dataset(config)
-    samples = inputs.samples_of(dataset, split)
-    published = dataset.published_n(split)
+    run = RunFolder.open(run_path)
     if dry_run:
+        dataset = inputs.load_dataset(apply(run.located_config, sets))
+        samples = inputs.samples_of(dataset, split)
+        published = dataset.published_n(split)
         return {"samples": len(samples), "videos": len({s.video_id for s in samples}), "published_n": published}
-    stores = inputs.open_stores(config, cache, aligned=False)
-    found = inputs.available_samples(config, samples, stores, cache, split)
-    data = (samples_from or inputs.reading_ahead(config))(found.samples, stores[0])
+    cache = locate(run.cache) if cache is None else cache
+    todo = evaluation(run, split=split, cache=cache, sets=sets, checkpoint=checkpoint or "", dataset=dataset)
+    config, tokens, available = todo.config, todo.tokens, todo.available.samples
+    data = (samples_from or inputs.reading_ahead(config))(available, tokens)
     loaded = run.load_checkpoint(checkpoint or "")
     watch = Stopwatch()
     decoder = decoder or training.build_decoder(config, device)
-    student = training.build_student(config, stores[0].spec.frame_shape[-1], decoder.width, device).eval()
+    student = training.build_student(config, tokens.spec.frame_shape[-1], decoder.width, device).eval()
     student.load_state_dict(module_weights("student", loaded.tensors), strict=True)
-    write = scoring.predictions_file(run.path, split)
-    made_by = _digest(loaded.path, config)
-    answered = resume(write, made_by)
-    todo = by_window(data.samples, (i for i, s in enumerate(data.samples) if s.sample_id not in answered))
+    write, notes = answers.place(run, todo.made_from)
+    answered = resume(write, todo.made_from.digest)
+    missing = by_window(data.samples, (i for i, s in enumerate(data.samples) if s.sample_id not in answered))
     progress(len(answered), len(data), split)
     answer(
         lambda batch: student(batch.f, batch.prompts, windows=batch.windows, lengths=batch.lengths).prefix,
         decoder,
-        inputs.batches(data, todo, config.decode.batch_size),
+        inputs.batches(data, missing, config.decode.batch_size),
         write=write,
         log=lambda done: progress(len(answered) + done, len(data), split),
-        run=made_by,
-        closed=_closed_sets(config, dataset, found.samples),
+        run=todo.made_from.digest,
+        closed=todo.closed,
     )
-    if todo:
-        run.note_session({"command": "evaluate", "split": split, "samples": len(todo), **watch.cost()})
-    report = scoring.report(dataset, samples, found, split, write)
-    never = decoder.unreachable([sample.answer for sample in found.samples])
+    if missing:
+        run.note_session({"command": "evaluate", "split": split, "samples": len(missing), **watch.cost()})
+    report = scoring.report(todo.dataset, todo.samples, todo.available, split, write)
+    never = decoder.unreachable([sample.answer for sample in available])
     if never:
         shown = ", ".join(map(repr, never[:5]))
         report["warnings"].append(f"{len(never)} answers need more than decode.max_new_tokens, such as {shown}")
+    report["warnings"] += notes
     return report | {
         "seed": config.train.seed,
         "checkpoint": loaded.path.name,
         "predictions": str(write),
+        "made_from": todo.made_from.digest,
+        "changed": dict(todo.made_from.changed),
         "resumed": len(answered),
     }
 
@@ -193,20 +280,10 @@ def _closed_sets(config: PipelineConfig, dataset: Any, samples: Sequence[Sample]
     labels: dict[str, set[str]] = {sample.group: set() for sample in samples}
     for sample in dataset.samples("train") if "train" in dataset.splits else samples:
         labels.setdefault(sample.group, set()).add(sample.answer)
-    for group, answers in labels.items():
-        if not 0 < len(answers) <= MAX_LABELS:
+    for group, found in labels.items():
+        if not 0 < len(found) <= MAX_LABELS:
             raise ConfigError(
-                f"decode.closed_set: {group!r} has {len(answers):,} training answers, which is no closed set "
+                f"decode.closed_set: {group!r} has {len(found):,} training answers, which is no closed set "
                 f"(1 to {MAX_LABELS}).\nEvaluate without it:  --set decode.closed_set="
             )
-    return ClosedSets({group: sorted(answers) for group, answers in labels.items()}, config.decode.closed_set)
-
-
-def _digest(checkpoint: Path, config: PipelineConfig) -> str:
-    """Names checkpoint and every setting that can change an answer, so that two runs never share a predictions file."""
-    facts = {
-        "checkpoint": json.loads((checkpoint / "state.json").read_text())["tensors"]["sha256"],
-        "decode": config.decode.model_dump(mode="json", exclude={"batch_size"}),
-        "data": config.data.model_dump(mode="json", exclude={"videos", "annotations", "io", "reader_threads"}),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return ClosedSets({group: sorted(found) for group, found in labels.items()}, config.decode.closed_set)

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache_schema.errors import CacheMismatch, CacheMissing
-from cache_schema.objects import StorePath
+from cache_schema.objects import StorePath, locate
 from cache_schema.store import FeatureStore
 from pipeline import registry
-from pipeline.inputs import available_samples, load_dataset, open_stores, samples_of
+from pipeline.inputs import available_samples, load_dataset, open_stores, refuse_features_of_another_run, samples_of
 from pipeline.printing import in_one_line
 from pipeline.progress import OnProgress
+from pipeline.provenance import Questions, features
 from pipeline.runs import RunFolder
 from pipeline.training import build_trainer
 from stages.config import PipelineConfig
@@ -36,19 +37,32 @@ from stages.train.loop import Trainer, module_weights
 from stages.train.student import Student
 from stages.types import Sample
 
-FORMAT = 1
+FORMAT = 2
 
 
 def diagnose(
-    run_path: Path, *, cache: StorePath, split: str, samples: int, checkpoint: str, device: str, progress: OnProgress
+    run_path: Path,
+    *,
+    cache: StorePath | None = None,
+    split: str,
+    samples: int,
+    checkpoint: str,
+    device: str,
+    progress: OnProgress,
 ) -> dict[str, Any]:
     """Diagnostics of one checkpoint over ``samples`` evenly spaced samples of a split.
+
+    ``cache`` is the feature store; None: the one that the run read.
 
     Runs without an alignment (lambda_kd = 0) are compared with the teacher's targets too, where the cache has them.
     """
     run = RunFolder.open(run_path)
-    config = run.config
+    config = run.located_config
+    cache = locate(run.cache) if cache is None else cache
     tokens, pooled = _stores(config, cache)
+    for store in (tokens, pooled):
+        if store is not None:
+            refuse_features_of_another_run(run, store)
     dataset = load_dataset(config)
     stores = [store for store in (tokens, pooled) if store is not None]
     found = available_samples(config, samples_of(dataset, split), stores, cache, split)
@@ -70,6 +84,11 @@ def diagnose(
     result: dict[str, Any] = {
         "format": FORMAT,
         "checkpoint": loaded.path.name,
+        "made_from": {
+            "checkpoint": loaded.sha256,
+            "questions": Questions.of(split, chosen).digest,
+            "features": {store.modality: features(store, chosen) for store in stores},
+        },
         "split": split,
         "samples": len(chosen),
         "num_frames": chosen[0].draws.shape[1],

@@ -16,9 +16,10 @@ from typing import Any, Literal
 from cache_schema.errors import CacheMismatch
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
-from pipeline import presets, registry
+from pipeline import presets, provenance, registry
 from pipeline.errors import ConfigError
 from pipeline.overrides import flatten
+from pipeline.runs import RunFolder
 from stages.config import PipelineConfig
 from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
@@ -130,6 +131,22 @@ def _refuse_other_features(
         lines = [f"  {key}: {getattr(store.spec, key)!r} there, {value!r} here" for key, value in wrong.items()]
         title = f"{store.path}, {store.modality} was made with other settings:"
         raise CacheMismatch("\n".join([title, *lines]), help_command=command)
+
+
+def refuse_features_of_another_run(run: RunFolder, store: FeatureStore) -> None:
+    """Raise CacheMismatch where ``store`` has other features than those that the run learned from."""
+    known = None if run.provenance is None else run.provenance.features.get(store.modality)
+    if known is None:
+        return
+    now = provenance.spec_facts(store.spec)
+    changed = [f"  {key}: {known.get(key)!r} then, {now[key]!r} now" for key in now if known.get(key) != now[key]]
+    if changed:
+        lines = "\n".join(changed)
+        raise CacheMismatch(
+            f"{store.path}, {store.modality} has other features than {run.path} learned from:\n{lines}\n"
+            f"Name the store that it read, or extract again:",
+            help_command=extract_command("extract", run.located_config, store.path),
+        )
 
 
 def available_samples(

@@ -14,6 +14,11 @@ from pipeline.errors import ConfigError
 from stages.config import PipelineConfig
 
 SPEED_ONLY = ("data.io", "data.reader_threads")
+# Where things lie. What lies there is known by content (provenance.py), so a move changes no run.
+PLACES = (
+    *("data.videos", "data.annotations", "clip.weights", "teacher.model", "teacher.weights"),
+    *("student.init", "student.tokenizer", "decode.llm", "decode.llm_config"),
+)
 TEACHER_ONLY = ("align.", "teacher.")  # what does nothing where train.lambda_kd is 0
 Schema = Mapping[str, Any]  # a JSON schema, as pydantic writes it
 

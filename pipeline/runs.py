@@ -3,12 +3,13 @@
 ::
 
     config.json          the resolved, complete configuration
+    provenance/          what the run learned from, and what its answers were made from (provenance.py)
     environment.json     versions and machine (no names of users or folders)
     metrics.jsonl        one record per optimiser step
     tensorboard/         the same as event files
-    predictions.jsonl    written by evaluate
+    predictions.jsonl    the run's own answers to test, written by evaluate; others are predictions-….jsonl
     diagnostics.json     written by diagnose
-    sessions.jsonl       what each start cost: seconds, bytes read, and which features it read; of an ablation, a share
+    sessions.jsonl       what each start cost: seconds and bytes read; of an ablation, a share
     checkpoints/
         step-000120/     tensors.safetensors, state.json
         latest.json      the commit: names the newest whole checkpoint
@@ -20,6 +21,7 @@ killed at any moment finds either the new checkpoint or the one before it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -27,22 +29,25 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
-from pipeline.overrides import deciding, validate
+from pipeline.overrides import PLACES, deciding, validate
 from stages.config import PipelineConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
+
+    from pipeline.provenance import AnswersProvenance, RunProvenance
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +62,24 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory. ``skipped`` says which damaged ones were passed over to reach it."""
+    """A checkpoint in memory.
+
+    Attributes:
+        step: optimiser steps done.
+        tensors: weights and optimiser moments.
+        state: everything else.
+        path: its folder.
+        run: digest of the provenance of the run that made it; None where that was not recorded.
+        sha256: of its tensors.
+        skipped: which damaged ones were passed over to reach it.
+    """
 
     step: int
     tensors: dict[str, Tensor] = field(repr=False)
     state: dict[str, Any]
     path: Path
+    run: str | None
+    sha256: str
     skipped: tuple[str, ...] = ()
 
 
@@ -84,7 +101,7 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """Where evaluate writes what the model said."""
+        """The run's own answers to test (answers.py)."""
         return self.path / "predictions.jsonl"
 
     @property
@@ -93,25 +110,34 @@ class RunFolder:
         return self.path / "diagnostics.json"
 
     @classmethod
-    def create(cls, path: Path, config: PipelineConfig, *, out: Path | None = None) -> RunFolder:
+    def create(
+        cls, path: Path, config: PipelineConfig, *, provenance: RunProvenance | None = None, out: Path | None = None
+    ) -> RunFolder:
         """Make the folder, or open the one that an earlier start of the same run made.
 
         Args:
             path: the folder.
             config: of the run.
+            provenance: what the run learns from.
             out: what was given as ``--out`` where that is another folder: an ablation keeps its runs below it.
 
         Raises:
-            ConfigError: the folder holds a run with another configuration (the differing keys are listed), or files
-                that are not a run.
+            ConfigError: the folder holds a run with another configuration (the differing keys are listed), one that
+                learned from other questions, features or frozen models (what differs is listed), or files that are not
+                a run.
         """
         if (path / "config.json").exists():
             run = cls.open(path)
             _refuse_other_config(run, config, out or path)
+            if provenance is not None:
+                _refuse_other_provenance(run, provenance, out or path)
         else:
             _refuse_foreign_files(path, out or path)
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, config)
+            if provenance is not None:  # before the configuration, which makes the folder a run
+                run.provenance_folder.mkdir(exist_ok=True)
+                write_json(run.provenance_folder / "run.json", provenance.to_json())
             write_json(path / "config.json", config.model_dump(mode="json"))
         run.checkpoints.mkdir(exist_ok=True)
         run._note_environment()
@@ -119,16 +145,104 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Open an existing run. Raises ConfigError when there is none, or its config.json is of another version."""
+        """Open an existing run.
+
+        Raises:
+            ConfigError: there is none, its config.json is of another version, or was changed since the run started.
+        """
         config_path = path / "config.json"
         if not config_path.is_file():
             raise ConfigError(
                 f"{path} holds no run (no config.json).\nTrain one:  pipeline train-student --out {free_folder(path)}"
             )
         try:
-            return cls(path, validate(json.loads(config_path.read_text())))
+            run = cls(path, validate(json.loads(config_path.read_text())))
         except ValueError as error:
             raise ConfigError(f"{config_path} cannot be used by this version of diff-lmm:\n{error}") from error
+        run._refuse_changed_config()
+        return run
+
+    # ------------------------------------------------------------ provenance
+
+    @property
+    def provenance_folder(self) -> Path:
+        """What the run and its answers were made from."""
+        return self.path / "provenance"
+
+    @functools.cached_property
+    def provenance(self) -> RunProvenance | None:
+        """What the run learned from; None where that is not recorded. Raises ConfigError when the record is damaged."""
+        from pipeline.provenance import RunProvenance
+
+        path = self.provenance_folder / "run.json"
+        if not path.is_file():
+            return None
+        try:
+            return RunProvenance.from_json(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} cannot be trusted: {error}.\n"
+                f"Train again in another folder:  pipeline train-student --out {free_folder(self.path)}"
+            ) from error
+
+    @property
+    def home(self) -> Path:
+        """The folder that relative paths of the configuration start from."""
+        from pipeline.provenance import locate_from
+
+        return Path() if self.provenance is None else Path(locate_from(self.path, self.provenance.started_in))
+
+    @property
+    def located_config(self) -> PipelineConfig:
+        """The configuration with its paths as seen from the working folder."""
+        from pipeline.provenance import located
+
+        return located(self.config, self.home)
+
+    @property
+    def cache(self) -> str:
+        """The feature store that the run read. Raises ConfigError where nobody has recorded it."""
+        from pipeline.provenance import locate_from
+
+        if self.provenance is None:
+            raise ConfigError(f"{self.path} does not say which cache it read; name it:  --cache PATH")
+        return locate_from(self.path, self.provenance.cache)
+
+    def keep_answers_provenance(self, facts: AnswersProvenance) -> None:
+        """Write down what a predictions file is made from, before its first line."""
+        self.provenance_folder.mkdir(exist_ok=True)
+        path = self.provenance_folder / f"answers-{facts.digest}.json"
+        if not path.exists():
+            write_json(path, facts.to_json())
+
+    def answers_provenance(self, digest: str) -> AnswersProvenance | None:
+        """What the predictions whose lines name this digest were made from; None where that is not recorded."""
+        from pipeline.provenance import AnswersProvenance
+
+        path = self.provenance_folder / f"answers-{digest}.json"
+        if not re.fullmatch("[0-9a-f]{16}", digest) or not path.is_file():
+            return None
+        try:
+            found = AnswersProvenance.from_json(json.loads(path.read_text()))
+        except ValueError:
+            return None
+        return found if found.digest == digest else None
+
+    def _refuse_changed_config(self) -> None:
+        if self.provenance is None:
+            return
+        now, then = deciding(self.config), self.provenance.settings
+        changed = [
+            f"  {key}: {then.get(key)!r} then, {now.get(key)!r} now"
+            for key in sorted((now.keys() - set(PLACES)) | then.keys())
+            if json.dumps(now.get(key)) != json.dumps(then.get(key))
+        ]
+        if changed:
+            lines = "\n".join(changed)
+            raise ConfigError(
+                f"{self.path / 'config.json'} was changed after the run had started:\n{lines}\n"
+                f"Put it back, or train in another folder:  pipeline train-student --out {free_folder(self.path)}"
+            )
 
     # ------------------------------------------------------------ metrics
 
@@ -194,10 +308,10 @@ class RunFolder:
     def load_latest(self) -> Checkpoint | None:
         """The newest whole checkpoint, or None where the run has none. Damaged ones are passed over, and it says so."""
         latest = self._marked("latest")
-        folders = sorted(self.checkpoints.glob("step-*"), key=_step_of, reverse=True)
+        folders = sorted(self.checkpoints.glob("step-*"), key=step_of, reverse=True)
         if latest is not None:
             # A folder beyond the marker was being committed when the run was killed.
-            folders = [folder for folder in folders if _step_of(folder) <= _step_of(latest)]
+            folders = [folder for folder in folders if step_of(folder) <= step_of(latest)]
         skipped: list[str] = []
         for folder in folders:
             try:
@@ -206,7 +320,8 @@ class RunFolder:
                 skipped.append(str(error))
                 log.warning("%s; going back to an older checkpoint", error)
                 continue
-            return Checkpoint(checkpoint.step, checkpoint.tensors, checkpoint.state, folder, tuple(skipped))
+            self._refuse_foreign(checkpoint)
+            return replace(checkpoint, skipped=tuple(skipped))
         if skipped:
             log.warning("no whole checkpoint in %s; starting from the beginning", self.checkpoints)
         return None
@@ -216,9 +331,13 @@ class RunFolder:
 
         Without a name: the best, else the final, else the latest. Raises ConfigError, naming what there is.
         """
-        folder = self.checkpoints / name if name and name not in MARKERS else None
-        for marker in (name,) if name else ("best", "final", "latest"):
-            folder = folder or self._marked(marker)
+        checkpoint = read_checkpoint(self.checkpoint_folder(name))
+        self._refuse_foreign(checkpoint)
+        return checkpoint
+
+    def checkpoint_folder(self, name: str = "") -> Path:
+        """Where the checkpoint of that name is. Raises ConfigError, naming what there is."""
+        folder = self._named_checkpoint(name)
         if folder is None or not folder.is_dir() or folder.parent != self.checkpoints:
             there = [marker for marker in MARKERS if self._marked(marker)]
             there += sorted(found.name for found in self.checkpoints.glob("step-*"))
@@ -228,12 +347,33 @@ class RunFolder:
                 else f"train first:  pipeline train-student --out {quote(str(self.path))}"
             )
             raise ConfigError(f"{self.path} has no checkpoint {name or 'yet'}; {hint}")
-        return read_checkpoint(folder)
+        return folder
+
+    def _refuse_foreign(self, checkpoint: Checkpoint) -> None:
+        if self.provenance is not None and checkpoint.run != self.provenance.digest:
+            raise ConfigError(
+                f"{checkpoint.path} is a checkpoint of another run ({checkpoint.run}, not {self.provenance.digest}).\n"
+                f"Take it away, then train on:  pipeline train-student --out {quote(str(self.path))}"
+            )
+
+    def tensors_sha256(self, name: str = "") -> str | None:
+        """Of a checkpoint's tensors, as its state.json says; None where there is no such checkpoint. Names as above."""
+        folder = self._named_checkpoint(name)
+        try:
+            return str(json.loads(((folder or self.path) / "state.json").read_text())["tensors"]["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _named_checkpoint(self, name: str) -> Path | None:
+        folder = self.checkpoints / name if name and name not in MARKERS else None
+        for marker in (name,) if name else ("best", "final", "latest"):
+            folder = folder or self._marked(marker)
+        return folder
 
     def step_at(self, marker: str) -> int:
         """Optimiser steps behind "latest", "best" or "final"; 0 where there is no such checkpoint."""
         folder = self._marked(marker)
-        return _step_of(folder) if folder is not None else 0
+        return step_of(folder) if folder is not None else 0
 
     def _write_checkpoint(
         self, folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
@@ -245,7 +385,8 @@ class RunFolder:
         save_file(_own_memory(tensors), file)
         facts = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         _flush(file)
-        write_json(folder / "state.json", {"step": step, "state": dict(state), "tensors": facts})
+        run = None if self.provenance is None else self.provenance.digest
+        write_json(folder / "state.json", {"step": step, "run": run, "state": dict(state), "tensors": facts})
         _flush_folder(folder)
         if self.metrics_path.exists():  # what a resumed run keeps must not be newer than what the disk has
             _flush(self.metrics_path)
@@ -259,9 +400,9 @@ class RunFolder:
 
     def _prune(self) -> None:
         named = {folder for marker in MARKERS if (folder := self._marked(marker)) is not None}
-        newest = sorted(self.checkpoints.glob("step-*"), key=_step_of, reverse=True)
+        newest = sorted(self.checkpoints.glob("step-*"), key=step_of, reverse=True)
         latest = self._marked("latest")
-        abandoned = [folder for folder in newest if latest is not None and _step_of(folder) > _step_of(latest)]
+        abandoned = [folder for folder in newest if latest is not None and step_of(folder) > step_of(latest)]
         kept = [folder for folder in newest if folder not in abandoned][:KEEP]
         for folder in newest:
             if folder not in kept and (folder in abandoned or folder not in named):
@@ -294,7 +435,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise ValueError(f"tensors.safetensors has {file.stat().st_size} of {facts['bytes']} bytes")
         if _sha256(file) != facts["sha256"]:
             raise ValueError("tensors.safetensors has another checksum than state.json says")
-        return Checkpoint(step, load_file(file), state, folder)
+        return Checkpoint(step, load_file(file), state, folder, record.get("run"), str(facts["sha256"]))
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder.name} is damaged: {error}") from error
 
@@ -347,7 +488,8 @@ def free_folder(wanted: Path, ending: str = "") -> str:
 
 def _refuse_other_config(run: RunFolder, config: PipelineConfig, out: Path) -> None:
     before, now = deciding(run.config), deciding(config)
-    changed = [f"  {key}: {before[key]!r} there, {now[key]!r} now" for key in now if before[key] != now[key]]
+    keys = [key for key in now if run.provenance is None or key not in PLACES]
+    changed = [f"  {key}: {before[key]!r} there, {now[key]!r} now" for key in keys if before[key] != now[key]]
     if changed:
         raise ConfigError(
             f"{run.path} holds a run with another configuration:\n" + "\n".join(changed) + "\n"
@@ -356,10 +498,32 @@ def _refuse_other_config(run: RunFolder, config: PipelineConfig, out: Path) -> N
         )
 
 
+def _refuse_other_provenance(run: RunFolder, provenance: RunProvenance, out: Path) -> None:
+    """A run goes on only from what it began with: the content of questions, features and frozen models."""
+    if run.provenance is None:
+        changed = ["nothing is recorded of what it learned from"]
+    else:
+        changed = provenance.differences(run.provenance)
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise ConfigError(
+            f"{run.path} holds a run that learned from something else:\n{lines}\n"
+            f"Keep both:       --out {free_folder(out)}\n"
+            "Or go on there:  put back what it learned from"
+        )
+
+
 def _refuse_foreign_files(path: Path, out: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file.\nName a folder:  --out {free_folder(out)}")
-    allowed = {"extract.json", "extract-clip.json", "extract-teacher.json", "checkpoints", ".config.json.tmp"}
+    allowed = {
+        "extract.json",
+        "extract-clip.json",
+        "extract-teacher.json",
+        "checkpoints",
+        "provenance",
+        ".config.json.tmp",
+    }
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in allowed) if path.exists() else []
     if foreign:
         raise ConfigError(
@@ -380,7 +544,8 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Optimiser steps behind a checkpoint folder; -1 for any other folder."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
 

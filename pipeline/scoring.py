@@ -16,6 +16,7 @@ from typing import Any, get_args
 import numpy as np
 
 from pipeline import registry
+from pipeline.answers import predictions_file
 from pipeline.errors import ConfigError
 from pipeline.overrides import effective
 from pipeline.runs import RunFolder
@@ -142,11 +143,6 @@ def _facts(folder: Path) -> tuple[dict[str, Any], int | None, str]:
     settings = effective(config)
     seed = settings.pop("train.seed")
     return settings, seed, registry.load("dataset", config.data.name).answer_rule
-
-
-def predictions_file(folder: Path, split: str) -> Path:
-    """Where the answers to a split are kept in a run folder."""
-    return folder / ("predictions.jsonl" if split == "test" else f"predictions-{split}.jsonl")
 
 
 def _predictions(folder: Path, split: str) -> list[Prediction]:

@@ -136,9 +136,9 @@ def _run(job: Job) -> Found:
         if name in fitted["refused"]:
             raise ConfigError(f"{job.task}: {fitted['refused'][name]}")
         return _numbers(fitted["baselines"][name]), not fitted["fitted"]
-    common: dict[str, Any] = {"cache": job.cache, "out": job.out, "device": "cpu", "dry_run": False}
-    trained = compose.train(job.config, **common, progress=_silent)
-    scored = compose.evaluate(None, split="test", checkpoint=None, **common, progress=_silent)
+    common: dict[str, Any] = {"cache": job.cache, "device": "cpu", "dry_run": False, "progress": _silent}
+    trained = compose.train(job.config, out=job.out, **common)
+    scored = compose.evaluate(job.out, split="test", checkpoint=None, **common)
     return _numbers(scored), trained["first_step"] == trained["steps"] and scored["resumed"] == scored["n"]
 
 

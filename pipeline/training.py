@@ -104,7 +104,6 @@ def recording(
             run.note_session(
                 {"command": command, "first_step": first_step, "steps": done, "students": students}
                 | {key: value / students for key, value in spent.items()}
-                | {"features": _fingerprints(run.config, data)}
             )
 
 
@@ -115,30 +114,27 @@ def _bytes_read(config: PipelineConfig, data: CachedSamples, steps: int) -> int:
     return steps * min(config.train.batch_size, len(data)) * sample
 
 
-def _fingerprints(config: PipelineConfig, data: CachedSamples) -> dict[str, dict[str, Any]]:
-    """Which features a student learned from: enough to find out whether two runs read the same ones."""
-    aligned = data.pooled is not None and config.train.lambda_kd > 0  # a pass may read targets for its neighbours
-    return {
-        store.modality: {"digest": store.spec.digest(), "encoder": store.spec.encoder, "weights": store.spec.weights}
-        | {"layer": store.spec.layer, "dtype": store.spec.dtype, "frame_shape": list(store.spec.frame_shape)}
-        for store in ([data.tokens, data.pooled] if aligned else [data.tokens])
-        if store is not None
-    }
+def validation_samples(
+    config: PipelineConfig, dataset: Any, stores: Sequence[FeatureStore], cache: StorePath
+) -> tuple[Sample, ...] | None:
+    """What the cache can serve of the val split; None where there is none or the last epoch is taken."""
+    if config.train.select == "last" or "val" not in dataset.splits:
+        return None
+    return inputs.available_samples(config, inputs.samples_of(dataset, "val"), stores[:1], cache, "val").samples
 
 
 def validation(
     config: PipelineConfig,
     dataset: Any,
-    stores: Sequence[FeatureStore],
-    cache: StorePath,
+    samples: Sequence[Sample] | None,
+    tokens: FeatureStore,
     trainer: Trainer,
     samples_from: SamplesFrom | None = None,
 ) -> Callable[[], float] | None:
-    """Top-1 on the val split, or None where there is none or the last epoch is taken."""
-    if config.train.select == "last" or "val" not in dataset.splits:
+    """Top-1 on the samples of ``validation_samples``; None where there are none."""
+    if samples is None:
         return None
-    found = inputs.available_samples(config, inputs.samples_of(dataset, "val"), stores[:1], cache, "val")
-    data = (samples_from or inputs.reading_ahead(config))(found.samples, stores[0])
+    data = (samples_from or inputs.reading_ahead(config))(samples, tokens)
 
     def top1() -> float:
         correct = 0

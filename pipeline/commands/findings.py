@@ -12,7 +12,7 @@ import typer
 
 from pipeline import results
 from pipeline.commands import options
-from pipeline.commands.options import device_of, load_compose, place_of
+from pipeline.commands.options import device_of, load_compose, store_at
 from pipeline.errors import guard
 from pipeline.printing import tell
 from pipeline.progress import Progress
@@ -22,8 +22,8 @@ app = typer.Typer()
 
 @app.command("diagnose", epilog="Example:  pipeline diagnose --run runs/slower --samples 128")
 def diagnose(
-    cache: options.Cache = None,
-    run: options.Run = None,
+    run: options.Run = Path("runs/miniature"),
+    cache: options.RunCache = None,
     split: options.Split = "test",
     samples: Annotated[
         int, typer.Option("--samples", min=4, metavar="N", help="Evenly spaced samples that are looked at.")
@@ -35,17 +35,13 @@ def diagnose(
 ) -> None:
     """Look into a finished student: alignment per level and frame, memory banks, attention, operations."""
     with guard(debug=debug, as_json=as_json):
-        from pipeline.runs import RunFolder
-
-        run = run or Path("runs") / "miniature"
-        place = place_of(cache, RunFolder.open(run).config)
         load_compose()
         from pipeline.diagnose import diagnose as look
 
         with Progress() as progress:
             result = look(
                 run,
-                cache=place,
+                cache=store_at(cache),
                 split=split,
                 samples=samples,
                 checkpoint=checkpoint or "",

@@ -33,9 +33,11 @@ Local = Annotated[
 Budget = Annotated[
     str, typer.Option("--cache-local-budget", metavar="SIZE", help="At most so much of them, such as 800MB or 2TB.")
 ]
-Run = Annotated[
-    Path | None, typer.Option("--run", "--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")
+RunCache = Annotated[
+    str | None,
+    typer.Option("--cache", metavar="PATH", help="The feature store, where it has moved. [default: the run's]"),
 ]
+Run = Annotated[Path, typer.Option("--run", metavar="DIR", help="The run folder.", show_default=True)]
 Checkpoint = Annotated[
     str | None,
     typer.Option("--checkpoint", metavar="NAME", help="best, final, latest or step-N. [default: best, else final]"),
@@ -66,6 +68,13 @@ def place_of(cache: str | None, config: PipelineConfig, local: Path | None = Non
     if copies and not isinstance(store, ObjectPath):
         raise ConfigError(f"--cache-local keeps copies of a store that is elsewhere, but {store} is a folder here")
     return store
+
+
+def store_at(cache: str | None) -> StorePath | None:
+    """The store that ``--cache`` names; None for the one that a run has recorded."""
+    from cache_schema.objects import locate
+
+    return None if cache is None else locate(cache)
 
 
 def load_compose(*, dry_run: bool = False) -> Any:

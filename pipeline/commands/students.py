@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipeline import results
 from pipeline.commands import options
-from pipeline.commands.options import config_of, device_of, load_compose, place_of
+from pipeline.commands.options import config_of, device_of, load_compose, place_of, store_at
 from pipeline.errors import guard
 from pipeline.printing import tell
 from pipeline.progress import Progress
-
-if TYPE_CHECKING:
-    from stages.config import PipelineConfig
 
 app = typer.Typer()
 
@@ -61,15 +58,9 @@ def train_student(
 
 @app.command("evaluate", epilog="Example:  pipeline evaluate --run runs/slower --split val --checkpoint best")
 def evaluate(
-    preset: Annotated[
-        str,
-        typer.Option("--preset", metavar="NAME", help="Instead of the configuration that the run was trained with."),
-    ] = "",
+    run: options.Run = Path("runs/miniature"),
     sets: options.Set = None,
-    cache: options.Cache = None,
-    cache_local: options.Local = None,
-    cache_local_budget: options.Budget = "50GB",
-    run: options.Run = None,
+    cache: options.RunCache = None,
     split: options.Split = "test",
     checkpoint: options.Checkpoint = None,
     device: options.Device = "auto",
@@ -77,17 +68,20 @@ def evaluate(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Answer the questions of a split and score the answers."""
+    """Answer the questions of a split and score the answers.
+
+    Answers given with other settings or another checkpoint are kept in a file of their own.
+    """
     with guard(debug=debug, as_json=as_json):
-        run = run or Path("runs") / (preset or "miniature")
-        config, changed = _config_of_run(run, preset, sets)
-        place = place_of(cache, config, cache_local, cache_local_budget)
+        from pipeline.runs import RunFolder
+
+        RunFolder.open(run)  # a wrong folder is said before anything is loaded
         compose = load_compose(dry_run=dry_run)
         with Progress() as progress:
             result = compose.evaluate(
-                config if changed else None,
-                cache=place,
-                out=run,
+                run,
+                cache=store_at(cache),
+                sets=sets or [],
                 split=split,
                 checkpoint=checkpoint,
                 device=device_of(device, dry_run=dry_run),
@@ -96,15 +90,6 @@ def evaluate(
             )
         show = partial(results.show_estimate, "evaluate") if dry_run else results.show_evaluation
         tell(result, show, as_json=as_json)
-
-
-def _config_of_run(run: Path, preset: str, sets: list[str] | None) -> tuple[PipelineConfig, bool]:
-    """The configuration of an evaluation, and whether it is another than the run's own."""
-    from pipeline import overrides, presets
-    from pipeline.runs import RunFolder
-
-    base = presets.get(preset) if preset else RunFolder.open(run).config
-    return overrides.apply(base, sets or []), bool(preset or sets)
 
 
 @app.command("baselines", epilog="Example:  pipeline baselines --probe clip_mean --probe teacher_mean")

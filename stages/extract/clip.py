@@ -31,6 +31,7 @@ from stages.weights import (
     HUB_ID,
     WeightsMissing,
     load_strict,
+    local_path,
     parse_seed,
     read_json,
     read_tensors,
@@ -315,7 +316,7 @@ def _load_open_clip(clip: ClipConfig) -> tuple[str, Tower, Preprocess]:
 
 def _described(clip: ClipConfig, *, local_only: bool = False) -> dict[str, Any]:
     """The ``open_clip_config.json`` beside local weights or in a hub repository; {} where there is none."""
-    path = Path(clip.weights).expanduser()
+    path = local_path(clip.weights)
     if not clip.weights or parse_seed(clip.weights) is not None or _tag(clip):
         return {}
     if not path.exists() and _is_hub_repository(clip.weights):
@@ -345,7 +346,7 @@ def _is_hub_repository(weights: str) -> bool:
 
 def _open_clip_file(clip: ClipConfig, tag: Mapping[str, Any]) -> Path:
     """The weights file of a tag, of a local path, or of a hub repository. Raises WeightsMissing."""
-    path = Path(clip.weights).expanduser()
+    path = local_path(clip.weights)
     if not tag and path.is_file():
         return path
     names: tuple[str, ...] = OPEN_CLIP_FILES

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
-
 from stages.config import ClipConfig, DecodeConfig, StudentConfig, TeacherConfig
-from stages.miniature import CLIP_MODEL, FOLDER
+from stages.miniature import CLIP_MODEL
 
 
 def clip() -> ClipConfig:
     """37 tokens of width 96 a frame, one block before the end."""
-    return ClipConfig(model=CLIP_MODEL, weights=_here("clip"), layer=5)
+    return ClipConfig(model=CLIP_MODEL, weights="miniature:clip", layer=5)
 
 
 def teacher() -> TeacherConfig:
     """The eighth of twelve blocks, clean latents, timestep 0, null class: §4.2 in a small size."""
-    return TeacherConfig(model=_here("dit"), layers=(8,), layer=8)
+    return TeacherConfig(model="miniature:dit", layers=(8,), layer=8)
 
 
 def student() -> StudentConfig:
     """The paper's twelve blocks and thirteen levels; a bank of four for nine frames."""
     return StudentConfig(
-        init=_here("qformer"),
-        tokenizer=_here("qformer_tokenizer"),
+        init="miniature:qformer",
+        tokenizer="miniature:qformer_tokenizer",
         num_queries=8,
         hidden_size=64,
         num_layers=12,
@@ -38,9 +36,4 @@ def student() -> StudentConfig:
 
 def decode() -> DecodeConfig:
     """Every answer of the small world is one token and the end of sequence."""
-    return DecodeConfig(llm=_here("llm"), max_new_tokens=2, batch_size=128)
-
-
-def _here(name: str) -> str:
-    """A folder of this package, as seen from the working folder."""
-    return os.path.relpath(FOLDER / name)
+    return DecodeConfig(llm="miniature:llm", max_new_tokens=2, batch_size=128)

@@ -136,7 +136,7 @@ def _alone(count: int, work: Path, out: Path, steps: int) -> dict[str, Any]:
     with _counted() as found:
         for value in LAMBDAS[:count]:
             compose.train(_config(work, steps, f"train.lambda_kd={value}"), out=out / value, **common)
-            compose.evaluate(None, out=out / value, split="test", checkpoint=None, **common)
+            compose.evaluate(out / value, split="test", checkpoint=None, **common)
     return found
 
 

@@ -66,7 +66,7 @@ def run(config: PipelineConfig, cache: Path, out: Path, *, memory: int | None = 
 def alone(config: PipelineConfig, cache: Path, out: Path) -> dict[str, Any]:
     """What two commands leave and say."""
     compose.train(config, cache=cache, out=out, **QUIET)
-    return compose.evaluate(None, cache=cache, out=out, split="test", checkpoint=None, **QUIET)
+    return compose.evaluate(out, cache=cache, split="test", checkpoint=None, **QUIET)
 
 
 def assert_same_run(folder: Path, other: Path) -> None:

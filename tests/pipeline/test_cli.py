@@ -160,19 +160,17 @@ def test_training_goes_to_a_run_folder_named_after_the_preset(composed: Composed
     assert composed.calls[0][2]["out"] == Path("runs/lvu-year")
 
 
-def test_evaluation_uses_the_configuration_of_the_run(composed: Composed, trained: Path) -> None:
+def test_evaluation_asks_the_run_for_its_settings_and_its_cache(composed: Composed, trained: Path) -> None:
     assert run_cpu("evaluate", "--run", str(trained)).exit_code == 0
-    ((name, (config,), seen),) = composed.calls
-    assert (name, config) == ("evaluate", None)
-    assert (seen["out"], seen["split"], seen["checkpoint"]) == (trained, "test", None)
-    assert seen["cache"] == Path("cache/miniature/features")
+    ((name, (folder,), seen),) = composed.calls
+    assert (name, folder) == ("evaluate", trained)
+    assert (seen["cache"], seen["sets"], seen["split"], seen["checkpoint"]) == (None, [], "test", None)
 
 
-def test_evaluation_with_changes_starts_from_the_configuration_of_the_run(composed: Composed, trained: Path) -> None:
-    run_cpu("evaluate", "--out", str(trained), "--set", "decode.num_beams=7", "--split", "val", "--checkpoint", "final")
-    ((_, (config,), seen),) = composed.calls
-    assert (config.train.lr, config.decode.num_beams) == (0.5, 7)
-    assert (seen["split"], seen["checkpoint"]) == ("val", "final")
+def test_what_an_evaluation_changes_is_passed_on(composed: Composed, trained: Path) -> None:
+    run_cpu("evaluate", "--run", str(trained), "--set", "decode.num_beams=7", "--split", "val", "--checkpoint", "final")
+    ((_, _, seen),) = composed.calls
+    assert (seen["sets"], seen["split"], seen["checkpoint"]) == (["decode.num_beams=7"], "val", "final")
 
 
 def test_other_videos_get_a_cache_of_their_own(composed: Composed, tmp_path: Path) -> None:

@@ -74,13 +74,13 @@ def test_from_video_files_to_a_scored_answer(configure: Configure, cache: Path, 
     trained = compose.train(configure(), cache=cache, out=out, **QUIET)
     assert trained["steps"] == len(RunFolder.open(out).metrics()) > 0
     assert {"loss_ce", "loss_kd", "kd/13", "w/13", "grad_norm"} <= trained.keys()
-    scored = compose.evaluate(None, cache=cache, out=out, split="test", checkpoint=None, **QUIET)
+    scored = compose.evaluate(out, cache=cache, split="test", checkpoint=None, **QUIET)
     assert scored["n"] == scored["resumed"] + scored["n"] > 0
     again = rescore(out / "predictions.jsonl", "exact").to_json()
     assert {key: scored[key] for key in ("n", "correct", "top1", "top5", "majority", "interval")} == {
         key: again[key] for key in ("n", "correct", "top1", "top5", "majority", "interval")
     }
-    resumed = compose.evaluate(None, cache=cache, out=out, split="test", checkpoint=None, **QUIET)
+    resumed = compose.evaluate(out, cache=cache, split="test", checkpoint=None, **QUIET)
     assert resumed["resumed"] == resumed["n"] == scored["n"]
     nothing = compose.train(configure(), cache=cache, out=out, **QUIET)
     assert nothing["first_step"] == nothing["steps"]

@@ -546,7 +546,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         out = root / "runs" / f"lambda-{value}"
         ours = apply(config, [f"train.lambda_kd={value}"])
         compose.train(ours, cache=cache, out=out, dry_run=False, **quiet)
-        compose.evaluate(None, cache=cache, out=out, split="test", checkpoint=None, dry_run=False, **quiet)
+        compose.evaluate(out, cache=cache, split="test", checkpoint=None, dry_run=False, **quiet)
         diagnose(out, cache=cache, split="test", samples=8, checkpoint="", **quiet)
     make(root / "runs", root / "page.html", shown=2)
     return root / "runs", root / "page.html"
