@@ -51,7 +51,7 @@ MARKERS = ("latest", "best", "final")
 PACKAGES = (
     *("diff-lmm", "torch", "torchvision", "transformers", "diffusers", "open_clip_torch", "timm", "accelerate"),
     *("tokenizers", "safetensors", "zarr", "numcodecs", "numpy", "av", "dask", "distributed", "webdataset"),
-    *("pydantic", "tensorboard", "bitsandbytes"),
+    *("scipy", "pydantic", "tensorboard", "bitsandbytes"),
 )
 
 
