@@ -29,13 +29,12 @@ from pipeline import compose, inputs, overrides, training
 from pipeline.ledger import Ledger
 from pipeline.progress import OnProgress
 from pipeline.runs import RunFolder
+from pipeline.scoring import Answers
 from pipeline.variants import MATCHED, Variant
 from stages import weights
 from stages.config import PipelineConfig
 from stages.data.samples import Batch, CachedSamples, Request, few
 from stages.decode.evaluate import read_predictions
-from stages.decode.metrics import hits
-from stages.decode.statistics import share_interval
 from stages.train import grid
 from stages.train.alignment import Alignment
 from stages.train.loop import Trainer, make_schedule
@@ -313,15 +312,11 @@ class Runner:
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> dict[str, Any]:
-    """One arm: hits are averaged over its seeds per sample, then whole videos are drawn."""
-    answers = [
-        {p.sample_id: p for p in read_predictions(ledger.out / row["variant"] / "predictions.jsonl")} for row in rows
-    ]
-    common = [key for key in answers[0] if all(key in other for other in answers)]
+    """One arm over its seeds."""
     rule: Any = ledger.rule
-    right = np.array([hits([found[key] for key in common], rule) for found in answers], dtype=float)
-    per_seed = [row["accuracy"] for row in rows]
-    interval = share_interval(right.mean(axis=0), [answers[0][key].video_id for key in common])
+    files = [ledger.out / row["variant"] / "predictions.jsonl" for row in rows]
+    answers = Answers.of([(row["seed"], read_predictions(file)) for row, file in zip(rows, files, strict=True)], rule)
+    interval, per_seed = answers.interval, [row["accuracy"] for row in rows]
     return {
         "seeds": [row["seed"] for row in rows],
         "k": sum(row["k"] for row in rows),
@@ -330,7 +325,7 @@ def _over_seeds(rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> dict[str, 
         "interval": None if interval is None else [interval.low, interval.high],
         "videos": 0 if interval is None else interval.videos,
         "per_seed": per_seed,
-        "seed_sd": float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None,
+        "seed_sd": answers.seed_sd,
     }
 
 

@@ -24,6 +24,7 @@ from pipeline.progress import clock, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
+FREQUENT = "most frequent"  # column: always giving the answer that is most frequent among the very questions
 MATRIX = 8  # classes up to which the confusion matrix is printed
 
 
@@ -76,7 +77,8 @@ def show_evaluation(result: Result) -> None:
 
     Below the line of the paper's exact match stand its other readings: closed label sets, one answer per video.
     """
-    table = new_table("", "n", "correct", "top-1", "95 % interval", "top-5", "majority")
+    _held_out(result)
+    table = new_table("", "n", "correct", "top-1", "95 % interval", "top-5", FREQUENT)
     _tally(table, "all", result)
     readings = {"ranked": "best of the label set", "constrained": "label set only"}
     for name, part in result.get("closed", {}).items():
@@ -106,10 +108,23 @@ def show_evaluation(result: Result) -> None:
 
 def show_baselines(result: Result) -> None:
     """One row per baseline, in the order of fitting."""
-    table = new_table("", "n", "correct", "top-1", "95 % interval", "top-5", "majority")
+    _held_out(result)
+    if result["baselines"]:
+        table = new_table("", "n", "correct", "top-1", "95 % interval", "top-5", FREQUENT)
+        for name, part in result["baselines"].items():
+            _tally(table, name, part)
+        show_table(f"Accuracy in % on {printable(result['split'])}:", table)
+        say(
+            f"Column {FREQUENT!r}: always the most frequent answer of the {printable(result['split'])} questions. "
+            "Row 'majority': that of the training questions, per kind of question."
+        )
     for name, part in result["baselines"].items():
-        _tally(table, name, part)
-    show_table(f"Accuracy in % on {printable(result['split'])}:", table)
+        if unfit := part["not_fitted"]:
+            count = sum(task["samples"] for task in unfit.values())
+            say(
+                f"{name} could not be fitted to {count} of {part['n']} questions and gives the most frequent training "
+                f"answer there: {'; '.join(dict.fromkeys(task['reason'] for task in unfit.values()))}"
+            )
     for name, reason in result["refused"].items():
         say(f"{name} was left out: {reason}")
     for part in list(result["baselines"].values())[:1]:
@@ -197,7 +212,12 @@ def show_report(result: Result) -> None:
 
 
 def show_comparison(result: Result) -> None:
-    """Every variant, then every pair."""
+    """Every variant, then every pair, then what this many videos and seeds can show.
+
+    Where the questions are not held out, that comes first, and no test is printed: p speaks of new videos.
+    """
+    _held_out(result)
+    new = result["held_out"]["held_out"] is not False
     table = new_table("", "n", "correct", "top-1", "95 % interval", "seeds", "sd over seeds")
     for part in result["variants"]:
         row = [cell(result["n"]), f"{part['correct']:.6g}", percent(part["top1"]), _span(part["interval"])]
@@ -205,16 +225,16 @@ def show_comparison(result: Result) -> None:
     show_table("Accuracy in % on the samples that all have answered:", table)
     for key, values in result["differing"].items():
         say(f"{key}: {' | '.join('-' if value is None else str(value) for value in values)}")
-    pairs = new_table("b minus a", "difference", "95 % interval", "p", "p (Holm)", "p over seeds")
+    pairs = new_table("b minus a", "difference", "95 % interval", *(("p", "p (Holm)", "p over seeds") if new else ()))
     for part in result["pairs"]:
         numbers = [f"{100 * part['difference']:+.1f}", _span(part["interval"], sign=True)]
-        tests = ["" if part[key] is None else f"{part[key]:.2g}" for key in ("p", "p_holm", "seed_p")]
+        tests = ["" if part[key] is None else f"{part[key]:.2g}" for key in ("p", "p_holm", "seed_p")] if new else []
         pairs.add_row(f"{printable(part['b'])} minus {printable(part['a'])}", *numbers, *tests)
-    show_table("Differences in points:", pairs)
-    say(
-        f"{result['n']} samples of {result['videos']} videos, paired. Intervals draw whole videos (BCa, 10,000 draws). "
-        "p: exact sign-flip test over videos, of the seeds' averages; p over seeds flips the seeds that both have."
-    )
+    show_table("Differences in points:" if new else "Differences on questions that are not held out, in points:", pairs)
+    say(f"{result['n']} samples of {result['videos']} videos, paired. Intervals draw whole videos (BCa, 10,000 draws).")
+    if new:
+        say("p: exact sign-flip test over videos, of the seeds' averages; p over seeds flips the seeds that both have.")
+        _power(result)
     if result["left_out"]:
         say(f"{result['left_out']} samples are left out: not every run has answered them.")
 
@@ -236,6 +256,46 @@ def show_doctor(result: Result) -> None:
 
 
 # ---------------------------------------------------------------- parts
+
+
+def _held_out(result: Result) -> None:
+    """First of all: whether the questions are new to the student."""
+    if message := (result.get("held_out") or {}).get("message"):
+        say(message)
+
+
+def _power(result: Result) -> None:
+    """What each pair can show, and what other differences would take."""
+    pairs = [part for part in result["pairs"] if part["power"]]
+    if not pairs:
+        return
+    first = pairs[0]["power"]
+    table = new_table("", "over videos", "over seeds", *(f"{points} points take" for points in first["wanted"]))
+    for part in pairs:
+        power = part["power"]
+        shown = [_points(power["detectable_over_videos"]), _points(power["detectable_over_seeds"])]
+        needs = [_needs(need) for need in power["wanted"].values()]
+        table.add_row(f"{printable(part['b'])} minus {printable(part['a'])}", *shown, *needs)
+    show_table(
+        f"The smallest difference that such a comparison finds in {100 * first['power']:.0f} % of repetitions "
+        f"(p < {first['alpha']:g}), and how many videos / seeds other differences take:",
+        table,
+    )
+    floor = max((part["power"]["smallest_seed_p"] or 0 for part in pairs), default=0)
+    if floor >= first["alpha"]:
+        say(
+            f"p over seeds cannot fall below {floor:g} with so few seeds; "
+            f"it takes {first['fewest_seeds']} to fall below {first['alpha']:g}."
+        )
+
+
+def _points(value: float | None) -> str:
+    return "nothing" if value is None else f"{100 * value:.1f} points"
+
+
+def _needs(wanted: Result) -> str:
+    videos, seeds = wanted["videos"], wanted["seeds"]
+    return " / ".join("-" if number is None else f"{number:,}" for number in (videos, seeds))
 
 
 def _tally(table: Table, name: str, part: Result) -> None:

@@ -11,7 +11,7 @@ import typer
 from pipeline import results
 from pipeline.commands import options
 from pipeline.commands.options import config_of, device_of, load_compose, place_of
-from pipeline.errors import guard
+from pipeline.errors import FAILURES, guard
 from pipeline.printing import tell
 from pipeline.progress import Progress
 
@@ -144,3 +144,5 @@ def baselines(
             )
         show = partial(results.show_estimate, "baselines") if dry_run else results.show_baselines
         tell(result, show, as_json=as_json)
+        if not result["baselines"]:
+            raise typer.Exit(FAILURES)
