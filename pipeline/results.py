@@ -201,8 +201,10 @@ def show_diagnosis(result: Result) -> None:
 
 def show_report(result: Result) -> None:
     """The answer of every study, what is missing, and where the page is."""
-    for answer in result["answers"]:
+    for answer, held in zip(result["answers"], result["held_out"], strict=True):
         say(answer)
+        if held["message"]:
+            say(held["message"])
     for lack in result["missing"]:
         say(f"missing: {lack['what']} of {len(lack['runs'])} runs")
         if lack["command"]:
@@ -270,7 +272,7 @@ def _power(result: Result) -> None:
     if not pairs:
         return
     first = pairs[0]["power"]
-    table = new_table("", "over videos", "over seeds", *(f"{points} points take" for points in first["wanted"]))
+    table = new_table("", "over videos", "over seeds", *(f"for {points} points" for points in first["wanted"]))
     for part in pairs:
         power = part["power"]
         shown = [_points(power["detectable_over_videos"]), _points(power["detectable_over_seeds"])]
@@ -278,7 +280,7 @@ def _power(result: Result) -> None:
         table.add_row(f"{printable(part['b'])} minus {printable(part['a'])}", *shown, *needs)
     show_table(
         f"The smallest difference that such a comparison finds in {100 * first['power']:.0f} % of repetitions "
-        f"(p < {first['alpha']:g}), and how many videos / seeds other differences take:",
+        f"(p < {first['alpha']:g}, before Holm's correction), and the videos / seeds that other differences take:",
         table,
     )
     floor = max((part["power"]["smallest_seed_p"] or 0 for part in pairs), default=0)

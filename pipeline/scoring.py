@@ -173,7 +173,7 @@ class Answers:
     @property
     def n(self) -> int:
         """Number of questions."""
-        return self.hits.shape[1]
+        return len(self.predictions[0])
 
     @property
     def correct(self) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,11 @@ FINE_TASKS = ("spot", "contact", "axis", "first")
 # By number. Half of a world is test, so that small differences can be told from noise.
 SPLIT_CYCLE = ("train", "val", "test", "test", "train", "test", "train", "test")
 SPLITS = ("train", "val", "test")
+
+
+def is_drawn(video_id: str) -> bool:
+    """Whether an id is that of a video of some small world (``VideoSpec.video_id``)."""
+    return re.fullmatch(r"w[0-9]+s[0-9]+v[0-9]{5,}", video_id) is not None
 
 
 @dataclass(frozen=True)
