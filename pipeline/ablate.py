@@ -29,7 +29,7 @@ from pipeline import compose, inputs, overrides, training
 from pipeline.ledger import Ledger
 from pipeline.progress import OnProgress
 from pipeline.runs import RunFolder
-from pipeline.scoring import Answers
+from pipeline.scoring import Answers, held_out
 from pipeline.variants import MATCHED, Variant
 from stages import weights
 from stages.config import PipelineConfig
@@ -85,7 +85,8 @@ def ablate(
         runner.run([variant for variant in matched if variant is not None])
     cost = {"rounds": runner.rounds, "llm_loads": runner.llm_loads, "seconds": time.monotonic() - started}
     done_before = len(variants) - sum(map(len, todo))
-    return ledger.result() | {"out": str(out), "done_before": done_before, **cost}
+    held = held_out(sources.dataset(variants[0].config), "test").to_json()
+    return ledger.result() | {"out": str(out), "held_out": held, "done_before": done_before, **cost}
 
 
 class Sources:

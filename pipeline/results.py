@@ -145,6 +145,7 @@ def show_ablation_plan(result: Result) -> None:
 
 def show_ablation(result: Result) -> None:
     """One line an arm over its seeds, then what is not done, and why."""
+    _held_out(result)
     table = new_table("arm", "seeds", "correct", "n", "top-1", "95 % interval", "sd")
     for arm, part in result["arms"].items():
         low, high = part["interval"] or (None, None)

@@ -66,10 +66,16 @@ class Diagnostics(_File):
     per_sample: dict[str, _Sample]
     operations: _Operations
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_format(cls, value: Any) -> Any:
+        """First of all: another format has other keys too."""
+        if isinstance(value, dict) and value.get("format") != FORMAT:
+            raise ValueError(f"it is of format {value.get('format')!r:.20}; this version reads {FORMAT}")
+        return value
+
     @model_validator(mode="after")
     def _shapes(self) -> Diagnostics:
-        if self.format != FORMAT:
-            raise ValueError(f"it is of format {self.format}; this version reads {FORMAT}")
         samples = self.per_sample.values()
         over_frames: list[Sequence[Any]] = [*self.per_frame.values(), *(self.starts or [])]
         over_frames += [row for sample in samples for row in sample.cosine.values()]

@@ -514,7 +514,7 @@ def test_one_unreadable_run_is_left_out_by_name_and_the_command_says_so(make_run
     assert "format 99; this version reads 1" in left_out["diagnostics.json"]
     assert "left out: " in done.stderr
     page = Page((tmp_path / "page.html").read_text())
-    assert "Left out. This could not be read" in page.text
+    assert "Left out. The page is made without these" in page.text
     assert str(tmp_path / "runs" / "torn") in page.text
     for name in ("good", "other"):
         shutil.rmtree(tmp_path / "runs" / name)
