@@ -71,7 +71,7 @@ def extract(
     covered = coverage(per_split, has=lambda video: video not in missing, status=status)
     return report.to_json() | {
         "coverage": {name: part.to_json() for name, part in covered.items()},
-        "warnings": list(dataset.warnings),
+        "warnings": [*dataset.warnings, *inputs.unannotated(config, dataset)],
         "cache": str(cache),
     }
 

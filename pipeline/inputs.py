@@ -11,6 +11,7 @@ import importlib
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from cache_schema.errors import CacheMismatch
@@ -18,9 +19,9 @@ from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import presets, registry
 from pipeline.errors import ConfigError
-from pipeline.overrides import flatten
+from pipeline.overrides import DRAWN, flatten
 from stages.config import PipelineConfig
-from stages.data.clips import ClipsDataset
+from stages.data.annotations import without_suffix
 from stages.data.frames import open_source
 from stages.data.samples import Availability, Batch, CachedSamples, Request, available
 from stages.types import Sample
@@ -34,14 +35,49 @@ SamplesFrom = Callable[[Sequence[Sample], FeatureStore], CachedSamples]  # how a
 
 
 def load_dataset(config: PipelineConfig) -> Any:
-    """The dataset that ``data.name`` names; a plain folder of videos lists and measures them itself."""
-    build = registry.load("dataset", config.data.name)
-    if build is ClipsDataset and not config.data.annotations:
-        with contextlib.closing(open_source(config.data)) as source:
-            dataset = build(config.data, list_videos=source.video_ids, count_frames=source.count_frames)
-            lengths = dataset.wanted()  # asked now, while the source is open
-        return build(config.data, list_videos=lambda: list(lengths), count_frames=lambda video: len(lengths[video]))
-    return build(config.data)
+    """The dataset that ``data.name`` names. The videos are opened only if the annotations leave something to ask."""
+    if config.data.annotations.startswith(DRAWN) and not Path(config.data.annotations).exists():
+        raise ConfigError(f"the videos of preset {config.preset} are not drawn yet.\nDraw them:  pipeline synth")
+    with contextlib.closing(_Videos(config)) as videos:
+        return registry.load("dataset", config.data.name)(config.data, videos if config.data.videos else None)
+
+
+class _Videos:
+    """The frame source of a configuration, opened when it is first asked."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self._config = config
+        self._source: Any = None
+
+    def _open(self) -> Any:
+        self._source = self._source or open_source(self._config.data)
+        return self._source
+
+    def video_ids(self) -> list[str]:
+        ids: list[str] = self._open().video_ids()
+        return ids
+
+    def has(self, video_id: str) -> bool:
+        return bool(self._open().has(video_id))
+
+    def count_frames(self, video_id: str) -> int:
+        return int(self._open().count_frames(video_id))
+
+    def close(self) -> None:
+        if self._source is not None:
+            self._source.close()
+
+
+def unannotated(config: PipelineConfig, dataset: Any) -> tuple[str, ...]:
+    """A sentence about the videos that no sample asks about, where there are any."""
+    asked = {without_suffix(video) for video in dataset.wanted()} | set(dataset.wanted())
+    with contextlib.closing(open_source(config.data)) as source:
+        ids = source.video_ids()
+    others = [video for video in ids if video not in asked]
+    if not others:
+        return ()
+    shown = ", ".join(others[:3])
+    return (f"{len(others)} of {len(ids)} videos in data.videos have no annotation here and are left out: {shown}, …",)
 
 
 def refuse_leaks(config: PipelineConfig, leaks: Sequence[str]) -> None:
@@ -57,7 +93,9 @@ def refuse_leaks(config: PipelineConfig, leaks: Sequence[str]) -> None:
 def samples_of(dataset: Any, split: str) -> list[Sample]:
     """The samples of a split. Raises ConfigError when there are none."""
     if not dataset.splits:
-        raise ConfigError("without annotations there is nothing to learn or score; give data.annotations")
+        raise ConfigError(
+            "without annotations there is nothing to learn or score.\nName them:  --set data.annotations=FILE_OR_FOLDER"
+        )
     samples: list[Sample] = dataset.samples(split)
     if not samples:
         raise ConfigError(f"the {split} split has no samples")

@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from stages.config import PipelineConfig
 
 SPEED_ONLY = ("data.io", "data.reader_threads")
+DRAWN = "cache/miniature/world/"  # where `pipeline synth` draws videos and annotations that belong together
 TEACHER_ONLY = ("align.", "teacher.")  # what does nothing where train.lambda_kd is 0
 Schema = Mapping[str, Any]  # a JSON schema, as pydantic writes it
 
@@ -23,7 +24,8 @@ def apply(config: PipelineConfig, sets: Sequence[str]) -> PipelineConfig:
 
     A value is read as JSON where it is JSON and as text otherwise; where the setting is text, only a quoted JSON
     string is unquoted, so that ``--set decode.revision=12e4567`` stays what it is. ``teacher.layer`` alone also makes
-    that layer the extracted one, unless it is among ``teacher.layers`` already.
+    that layer the extracted one, unless it is among ``teacher.layers`` already; ``data.videos`` alone leaves the drawn
+    annotations of the miniature behind, so that other videos are without any.
 
     Raises:
         ConfigError: no such key (the nearest are named), a value of another kind (the message says what is expected),
@@ -41,6 +43,10 @@ def apply(config: PipelineConfig, sets: Sequence[str]) -> PipelineConfig:
         section, name = key.split(".")
         values[section][name] = _parse(raw, fields[key])
     changed = {item.partition("=")[0].strip() for item in sets}
+    if config.preset == "miniature" and "data.annotations" not in changed:
+        before, now = config.data, values["data"]
+        if now["videos"] != before.videos and before.annotations.startswith(DRAWN):
+            now["annotations"] = ""  # what was drawn says nothing about other videos
     if "teacher.layer" in changed and "teacher.layers" not in changed:
         layer = values["teacher"]["layer"]
         if layer not in values["teacher"]["layers"]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import ConfigError
-from pipeline.overrides import nearest
+from pipeline.overrides import DRAWN, nearest
 from stages.config import (
     AlignConfig,
     ClipConfig,
@@ -32,7 +32,7 @@ from stages.config import (
 from stages.miniature import configs
 
 LVU_TASKS = ("relationship", "way_speaking", "scene", "director", "genre", "writer", "year")  # Table 1, left to right
-WORLD = "cache/miniature/world"  # where `pipeline synth` draws the miniature's videos
+WORLD = DRAWN.rstrip("/")
 
 
 @dataclass(frozen=True)
