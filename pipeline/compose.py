@@ -30,6 +30,7 @@ from stages.extract.run import extract as run_extraction
 from stages.train import diagnostics
 from stages.train.loop import make_schedule, module_weights
 from stages.train.loop import train as run_training
+from stages.train.student import load_trained
 from stages.types import Decoder, Sample
 
 MAX_LABELS = 256  # a label set; open questions have thousands of answers
@@ -156,7 +157,7 @@ def evaluate(
     watch = Stopwatch()
     decoder = decoder or training.build_decoder(config, device)
     student = training.build_student(config, stores[0].spec.frame_shape[-1], decoder.width, device).eval()
-    student.load_state_dict(module_weights("student", loaded.tensors), strict=True)
+    load_trained(student, module_weights("student", loaded.tensors), source=loaded.path)
     write = scoring.predictions_file(run.path, split)
     made_by = _digest(loaded.path, config)
     answered = resume(write, made_by)

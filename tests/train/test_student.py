@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizerFast,
     InstructBlipConfig,
@@ -21,7 +23,7 @@ from transformers import (
 
 from stages.train.noise import Site
 from stages.train.qformer import Attention
-from stages.train.student import Student, build, load_instructblip, num_aligned_frames
+from stages.train.student import Student, build, load_instructblip, load_trained, num_aligned_frames, read_instructblip
 
 PROMPTS = ["what is the relationship of the movie ?", "who runs ?"]  # different lengths: the second is padded
 ALL = tuple(range(1, 6))
@@ -232,12 +234,76 @@ def test_another_clip_or_llm_width_is_said_aloud(make_student: MakeStudent, inst
 
 def test_a_checkpoint_of_another_shape_is_refused(make_student: MakeStudent, instructblip_folder: Path) -> None:
     cfg = make_student().cfg.model_copy(update={"init": str(instructblip_folder), "tokenizer": "", "num_queries": 6})
-    with pytest.raises(ValueError, match="query_tokens"):
+    with pytest.raises(ValueError, match=r"query_tokens(?s:.*):  --set student\.num_queries=5$"):
         build(cfg, clip_width=10, llm_width=8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_queries": 6, "num_layers": 3, "intermediate_size": 24},
+        {"hidden_size": 15, "num_layers": 6, "cross_attention_every": 3},
+    ],
+)
+def test_the_settings_that_a_refused_checkpoint_names_are_those_that_fit(
+    make_student: MakeStudent, instructblip_folder: Path, settings: dict[str, int]
+) -> None:
+    cfg = make_student().cfg.model_copy(update={"init": str(instructblip_folder), "tokenizer": "", **settings})
+    with pytest.raises(ValueError, match="Take the sizes of the checkpoint") as caught:
+        build(cfg, clip_width=10, llm_width=8)
+    fitting = dict(re.findall(r"--set student\.(\w+)=(\d+)", str(caught.value)))
+    build(cfg.model_copy(update={key: int(value) for key, value in fitting.items()}), clip_width=10, llm_width=8)
+
+
+def one_row_more(folder: Path, target: Path, rows: int = 1) -> Path:
+    shutil.copytree(folder, target)
+    for file in target.glob("*.safetensors"):
+        tensors = load_file(file)
+        for key in tensors:
+            if key.endswith("word_embeddings.weight") and "qformer" in key:
+                tensors[key] = torch.cat([tensors[key], torch.ones(rows, 12)])
+        save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def test_a_checkpoint_with_one_word_more_names_its_own_tokenizer(
+    make_student: MakeStudent, instructblip_folder: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    folder = one_row_more(instructblip_folder, tmp_path / "one-more")
+    tokenizer = BertTokenizerFast.from_pretrained(bert_folder)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.save_pretrained(folder / "qformer_tokenizer")
+    cfg = make_student().cfg.model_copy(update={"init": str(folder), "tokenizer": str(bert_folder)})
+    with pytest.raises(ValueError, match=r"1 token more \(\[DEC\]\?\)(?s:.*)  --set student\.tokenizer=$"):
+        build(cfg, clip_width=10, llm_width=8)
+    student = build(cfg.model_copy(update={"tokenizer": ""}), clip_width=10, llm_width=8)
+    assert student.qformer.embeddings.word_embeddings.num_embeddings == 16
+
+
+def test_the_word_that_ma_lmm_adds_to_bert_is_added_here_too(
+    make_student: MakeStudent, instructblip_folder: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    folder = one_row_more(instructblip_folder, tmp_path / "released", rows=30_523 - 15)
+    words = BertTokenizerFast.from_pretrained(bert_folder).get_vocab()
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join([*sorted(words, key=words.__getitem__), *(f"w{n}" for n in range(30_522 - 15))]) + "\n")
+    BertTokenizerFast(vocab=str(vocab)).save_pretrained(tmp_path / "bert")
+    settings = {"init": str(folder), "tokenizer": str(tmp_path / "bert")}
+    student = build(make_student().cfg.model_copy(update=settings), clip_width=10, llm_width=8)
+    assert student.tokenizer.bos_token_id == 30_522
+    plain = BertTokenizerFast.from_pretrained(tmp_path / "bert")
+    assert student.tokenize(["what is the scene"])[0].tolist() == [plain("what is the scene").input_ids]
+
+
+def test_a_trained_student_of_other_sizes_names_the_settings_it_was_trained_with(make_student: MakeStudent) -> None:
+    trained = make_student(num_queries=7, max_frames=20).state_dict()
+    with pytest.raises(ValueError, match=r"query_tokens is \(1, 7, 12\)") as caught:
+        load_trained(make_student(), trained, source="step-3")
+    assert str(caught.value).endswith(":  --set student.num_queries=7 --set student.max_frames=20")
 
 
 def test_a_checkpoint_with_a_missing_tensor_is_refused(make_student: MakeStudent, tmp_path: Path) -> None:
     student = make_student(dtype=torch.float32)
     save_file({"query_tokens": torch.zeros(1, 5, 12)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds no tensor"):
-        load_instructblip(student, tmp_path)
+        load_instructblip(student, read_instructblip(tmp_path), source=tmp_path)
