@@ -95,6 +95,10 @@ def show_evaluation(result: Result) -> None:
     show_table("Accuracy in %:", table)
     if confusion := result.get("confusion"):
         _confusion(confusion)
+    if (normalised := result.get("normalised")) and normalised["more"]:
+        say(f"{normalised['more']} more would be right after normalisation (case, punctuation, articles, two = 2).")
+    if answers := result.get("answers"):
+        say(f"Given most often: {_counts(answers)}.")
     if result.get("macro") is not None:
         say(f"Mean recall over the classes {percent(result['macro'])}, macro-F1 {percent(result.get('macro_f1'))}.")
     if "seed" in result:
@@ -271,6 +275,12 @@ def _confusion(confusion: Result) -> None:
     for name, row in zip(labels, confusion["counts"], strict=False):
         table.add_row(printable(name), *map(cell, row))
     show_table("Answers:", table)
+    for name, said in confusion.get("other", {}).items():
+        say(f"{labels[-1]} for {name}: {_counts(said)}")
+
+
+def _counts(answers: Sequence[Sequence[object]]) -> str:
+    return ", ".join(f"{str(answer)!r} ({cell(count)})" for answer, count in answers)
 
 
 def _protocol(result: Result) -> None:

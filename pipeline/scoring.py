@@ -51,7 +51,7 @@ def report(dataset: Any, samples: Sequence[Sample], found: Availability, split: 
         "worst_case": {"n": whole, "correct": scores.overall.correct, "top1": scores.overall.correct / whole},
         "published_n": published,
         "matches_published_n": None if published is None else published == len(predictions),
-        "warnings": list(dataset.warnings),
+        "warnings": [*dataset.warnings, *scores.warnings],
     }
 
 
