@@ -48,6 +48,32 @@ class Options:
         sets = [part for item in self.sets for part in ("--set", item)]
         return shlex.join(["pipeline", *words, "--preset", self.config.preset, "--cache", str(self.cache), *sets])
 
+    def fitted(self, stores: Mapping[str, FeatureStore]) -> Options:
+        """The same with the preset, and the settings besides, that make the features of these stores.
+
+        Without ``--preset`` a store may be anybody's; a command of another preset would be refused, or fill it with
+        other features.
+        """
+        from pipeline import inputs, presets
+        from pipeline.overrides import apply
+
+        def wrong(config: PipelineConfig) -> dict[str, dict[str, object]]:
+            encoders = {name: _which(store) for name, store in stores.items() if "/" not in name or _main(name, config)}
+            return {name: inputs.differing(stores[name], config, which) for name, which in encoders.items()}
+
+        def distance(config: PipelineConfig) -> int:
+            return sum(map(len, wrong(config).values()))
+
+        names = list(dict.fromkeys((self.config.preset, *presets.PRESETS)))
+        configs = [self.config, *(apply(presets.get(name), self.sets) for name in names[1:])]
+        best = min(configs, key=distance)  # the first of equals
+        more = [
+            item
+            for name, fields in wrong(best).items()
+            for item in inputs.settings_of(stores[name], best, _which(stores[name]), fields)
+        ]
+        return Options(apply(best, more), [*self.sets, *dict.fromkeys(more)], self.cache)
+
     def stores(self) -> dict[str, FeatureStore]:
         """All modalities. Raises CacheMissing where there is no store, CacheCorrupt for damaged metadata."""
         metadata.read_group(self.cache)
@@ -207,7 +233,7 @@ def check(
         ],
         "modalities": checked,
         "problems": [_problem(name, problem) for name, problem in problems],
-        "next": _next(options, problems),
+        "next": _next(options.fitted(stores), problems) if problems else [],
     }
 
 
@@ -325,6 +351,11 @@ def _repair_all(
                     "reason": result.reason,
                 }
     progress(done, len(todo), "repaired")
+
+
+def _main(modality: str, config: PipelineConfig) -> bool:
+    """Whether a teacher's modality is the layer that a configuration trains on."""
+    return modality.removeprefix("pooled/layer").partition("_")[0] == str(config.teacher.layer)
 
 
 def _which(store: FeatureStore) -> Which:

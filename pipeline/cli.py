@@ -22,7 +22,7 @@ app = typer.Typer(
         "Every command resumes, and says so. Exit codes: 0 done, 2 usage or config, 3 finished with failures, 4 cache "
         "missing or stale, 5 environment, 75 interrupted (the same command resumes), 130 Ctrl-C."
     ),
-    epilog="Example:  pipeline extract --preset miniature",
+    epilog="Example:  pipeline synth && pipeline extract --preset miniature",
     rich_markup_mode=None,  # plain text: quicker, and the same on every terminal
     add_completion=False,
     no_args_is_help=True,

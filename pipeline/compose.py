@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cache_schema.errors import CacheMismatch
 from cache_schema.objects import StorePath
 from pipeline import inputs, scoring, training
 from pipeline.errors import ConfigError
@@ -56,6 +57,7 @@ def extract(
     dataset = inputs.load_dataset(config)
     wanted = dataset.wanted(list(splits) or None)
     if dry_run:
+        inputs.check_stores(config, cache, encoders)
         sizes = {
             name: int(np.prod(shape)) * np.dtype(dtype).itemsize
             for encoder in encoders
@@ -65,7 +67,12 @@ def extract(
     if not wanted:
         raise ConfigError(f"data.videos={config.data.videos!r} and data.annotations name no video")
     job = make_job(config, which=which, cache=cache, device=device)
-    report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
+    try:
+        report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
+    except CacheMismatch as error:  # the same command would end here again
+        told = str(error).removesuffix(f"\n  {error.help_command}") if error.help_command else str(error)
+        command = inputs.other_cache_command("extract", config, cache)
+        raise CacheMismatch(told, help_command=command, differences=error.differences) from error
     failed, missing = report.failures, set(report.missing)
     per_split = {name: dataset.wanted([name]) for name in (list(splits) or dataset.splits)} or {"all": wanted}
     status = {video: failed.get(video) for video in wanted if video not in missing}
@@ -94,9 +101,10 @@ def train(
     dataset = inputs.load_dataset(config)
     samples = inputs.samples_of(dataset, "train")
     inputs.refuse_leaks(config, dataset.leaks)
-    if dry_run:
-        return training.training_estimate(config, few(samples, config.train.max_samples, config.train.seed))
     aligned = config.train.lambda_kd > 0
+    if dry_run:
+        inputs.check_stores(config, cache, BOTH if aligned else BOTH[:1])
+        return training.training_estimate(config, few(samples, config.train.max_samples, config.train.seed))
     stores = inputs.open_stores(config, cache, aligned=aligned)
     data = inputs.available_samples(config, samples, stores, cache, "train")
     run = RunFolder.create(out, config)
@@ -149,6 +157,7 @@ def evaluate(
     samples = inputs.samples_of(dataset, split)
     published = dataset.published_n(split)
     if dry_run:
+        inputs.check_stores(config, cache, BOTH[:1])
         return {"samples": len(samples), "videos": len({s.video_id for s in samples}), "published_n": published}
     stores = inputs.open_stores(config, cache, aligned=False)
     found = inputs.available_samples(config, samples, stores, cache, split)

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cache_schema.errors import CacheMismatch
+from cache_schema.errors import CacheMismatch, CacheMissing
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import presets, registry
 from pipeline.errors import ConfigError
-from pipeline.overrides import DRAWN, flatten
+from pipeline.overrides import DRAWN, apply, flatten
 from stages.config import PipelineConfig
 from stages.data.annotations import without_suffix
 from stages.data.frames import open_source
@@ -121,39 +121,55 @@ def shapes(config: PipelineConfig, which: Which) -> Iterator[tuple[str, tuple[tu
 def open_stores(config: PipelineConfig, cache: StorePath, *, aligned: bool) -> list[FeatureStore]:
     """The CLIP store and, where aligned, the teacher's; refused when their features are not those of ``config``."""
     opened = []
-    for which in ("clip", "teacher") if aligned else ("clip",):
-        known = dict(shapes(config, which))
-        name = next(iter(known)) if which == "clip" else f"pooled/layer{config.teacher.layer}{_grid(config)}"
+    for which in BOTH if aligned else BOTH[:1]:
         command = extract_command(f"extract-{which}", config, cache)
-        store = FeatureStore.open(cache, name, help_command=command, io=config.data.io)
-        _refuse_other_features(store, config, which, known, command)
+        store = FeatureStore.open(cache, _modality(config, which), help_command=command, io=config.data.io)
+        refuse_other_features(store, config, which)
         opened.append(store)
     return opened
 
 
-def _grid(config: PipelineConfig) -> str:
-    return f"_grid{config.teacher.grid}" if config.teacher.grid > 1 else ""
+def check_stores(config: PipelineConfig, cache: StorePath, encoders: Sequence[Which]) -> None:
+    """For ``--dry-run``: raise CacheMismatch where the cache has other features; what it lacks does not matter."""
+    for which in encoders:
+        with contextlib.suppress(CacheMissing):
+            refuse_other_features(FeatureStore.open(cache, _modality(config, which)), config, which)
 
 
-def _refuse_other_features(
-    store: FeatureStore,
-    config: PipelineConfig,
-    which: Which,
-    known: Mapping[str, tuple[tuple[int, ...], str]],
-    command: str,
-) -> None:
-    """Compare what can be told without loading the encoder's weights; extraction compares everything.
+def _modality(config: PipelineConfig, which: Which) -> str:
+    if which == "clip":
+        return next(iter(shapes(config, which)))[0]
+    return f"pooled/layer{config.teacher.layer}{f'_grid{config.teacher.grid}' if config.teacher.grid > 1 else ''}"
 
-    Some fields of a spec hold more than their setting says (a resize also names its size), so their beginnings count.
+
+def refuse_other_features(store: FeatureStore, config: PipelineConfig, which: Which) -> None:
+    """Raise CacheMismatch where ``store`` holds other features than ``config`` asks for."""
+    wrong = differing(store, config, which)
+    if wrong:
+        lines = [f"  {key}: {getattr(store.spec, key)!r} there, {value!r} here" for key, value in wrong.items()]
+        title = f"{store.path}, {store.modality} was made with other settings:"
+        sets = settings_of(store, config, which, wrong)
+        use = f"Use it as it is:  {' '.join(f'--set {item}' for item in sets)}" if sets else ""
+        command = other_cache_command("extract", config, store.path)
+        another = "Or make another in a new folder, and give that as --cache from then on:"
+        raise CacheMismatch("\n".join([title, *lines, *([use] if use else []), another]), help_command=command)
+
+
+def differing(store: FeatureStore, config: PipelineConfig, which: Which) -> dict[str, object]:
+    """Field of the spec -> what ``config`` wants there instead, as far as can be told without the encoder's weights.
+
+    Extraction compares everything. Some fields of a spec hold more than their setting says (a resize also names its
+    size), so their beginnings count.
     """
     part = config.clip if which == "clip" else config.teacher
-    shape, dtype = known[store.modality]
+    known = dict(shapes(config, which))
     expected: dict[str, object] = {
         "layer": config.clip.layer if which == "clip" else config.teacher.layer,
-        "frame_shape": tuple(shape),
-        "dtype": dtype,
         "compute_dtype": part.compute_dtype,
+        "dtype": part.dtype,
     }
+    if store.modality in known:
+        expected["frame_shape"] = tuple(known[store.modality][0])
     beginnings = {"frame_rule": f"{config.data.fps:g} fps ", "resize": f"{part.geometry} "}
     if which == "teacher":
         expected["timestep"] = config.teacher.timestep
@@ -164,10 +180,30 @@ def _refuse_other_features(
     for key, start in beginnings.items():
         if not f"{getattr(store.spec, key)}#".startswith(start):  # a digest may follow an encoder's name
             wrong[key] = f"{start.rstrip('#')}…"
-    if wrong:
-        lines = [f"  {key}: {getattr(store.spec, key)!r} there, {value!r} here" for key, value in wrong.items()]
-        title = f"{store.path}, {store.modality} was made with other settings:"
-        raise CacheMismatch("\n".join([title, *lines]), help_command=command)
+    return wrong
+
+
+def settings_of(
+    store: FeatureStore, config: PipelineConfig, which: Which, wrong: Mapping[str, object]
+) -> tuple[str, ...]:
+    """The settings, as ``key=value``, with which ``config`` would read this store; () where they cannot be told."""
+    spec = store.spec
+    values = {
+        "layer": f"{which}.layer={spec.layer}",
+        "dtype": f"{which}.dtype={spec.dtype}",
+        "compute_dtype": f"{which}.compute_dtype={spec.compute_dtype}",
+        "frame_rule": f"data.fps={spec.frame_rule.partition(' ')[0]}",
+        "resize": "clip.geometry={0} teacher.geometry={0}".format(spec.resize.partition(" ")[0]),
+        "timestep": f"teacher.timestep={spec.timestep}",
+        "latent": f"teacher.posterior={spec.latent.partition('*')[0]}",
+        "encoder": f"clip.model={spec.encoder.removeprefix('open_clip:').partition('#')[0]}",
+    }
+    typed = [item for key in wrong if key in values for item in values[key].split()]
+    try:
+        fitting = apply(config, typed)
+        return tuple(typed) if not differing(store, fitting, which) else ()
+    except ValueError:  # settings that do not go together, or a model that is not here
+        return ()
 
 
 def available_samples(
@@ -199,10 +235,23 @@ def batches(data: CachedSamples, positions: Sequence[int], size: int) -> Iterato
 def extract_command(command: str, config: PipelineConfig, cache: StorePath) -> str:
     """What the user would type: the preset, and every setting that differs from it and matters to an extraction."""
     base, ours = flatten(presets.get(config.preset)), flatten(config)
+    changed = [key for key in ours if ours[key] != base[key]]
     rooms = ("data.", *(f"{which}." for which in BOTH if command in ("extract", f"extract-{which}")))
-    sets = [f"{key}={_typed(ours[key])}" for key in ours if ours[key] != base[key] and key.startswith(rooms)]
+    sets = [f"{key}={_typed(ours[key])}" for key in changed if key.startswith(rooms)]
+    try:
+        apply(presets.get(config.preset), sets)
+    except ConfigError:  # such as one geometry without the other, or more frames than the student has places for
+        sets = [f"{key}={_typed(ours[key])}" for key in changed]
     parts = ["pipeline", command, "--preset", config.preset, "--cache", str(cache)]
     return shlex.join(parts + [part for item in sets for part in ("--set", item)])
+
+
+def other_cache_command(command: str, config: PipelineConfig, cache: StorePath) -> str:
+    """As ``extract_command``, into a folder beside ``cache`` that does not exist yet."""
+    if isinstance(cache, Path):
+        numbered = (cache.with_name(f"{cache.name}-{number}") for number in range(2, 1000))
+        return extract_command(command, config, next(path for path in numbered if not path.exists()))
+    return extract_command(command, config, cache).replace(str(cache), f"{cache}-2")
 
 
 def _typed(value: object) -> str:

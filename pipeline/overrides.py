@@ -186,12 +186,13 @@ def _consistent(config: PipelineConfig) -> None:
     if teacher.geometry != config.clip.geometry:
         problems.append(
             f"teacher.geometry: {teacher.geometry} differs from clip.geometry ({config.clip.geometry}); "
-            "student and teacher must see the same picture"
+            f"student and teacher must see the same picture:  --set clip.geometry={teacher.geometry}"
         )
     if max(config.align.levels) > student.num_layers + 1:
         problems.append(
             f"align.levels: {max(config.align.levels)} is above {student.num_layers + 1}, the embedding output and "
-            f"student.num_layers={student.num_layers} blocks"
+            f"student.num_layers={student.num_layers} blocks; "
+            f"take the last:  --set align.levels={student.num_layers + 1}"
         )
     if student.hidden_size % student.num_heads:
         problems.append(
@@ -203,10 +204,14 @@ def _consistent(config: PipelineConfig) -> None:
             f"raise it:  --set student.max_frames={config.data.num_frames}"
         )
     if train.micro_batch > train.batch_size:
-        problems.append(f"train.micro_batch: {train.micro_batch} is above train.batch_size ({train.batch_size})")
+        problems.append(
+            f"train.micro_batch: {train.micro_batch} is above train.batch_size ({train.batch_size}); "
+            f"lower it:  --set train.micro_batch={train.batch_size}"
+        )
     if config.decode.num_return > config.decode.num_beams:
         problems.append(
-            f"decode.num_return: {config.decode.num_return} is above decode.num_beams ({config.decode.num_beams})"
+            f"decode.num_return: {config.decode.num_return} is above decode.num_beams ({config.decode.num_beams}); "
+            f"lower it:  --set decode.num_return={config.decode.num_beams}"
         )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -263,7 +263,7 @@ def get(name: str) -> PipelineConfig:
     """The configuration of a preset. Raises ConfigError, naming the nearest ones."""
     if name not in PRESETS:
         known = nearest(name.replace("_", "-"), PRESETS) or list(PRESETS)
-        raise ConfigError(f"no preset is called {name!r}; known: {', '.join(known)}")
+        raise ConfigError(f"no preset is called {name!r}; known: {', '.join(known)}\nTake it:  --preset {known[0]}")
     return PRESETS[name].build()
 
 

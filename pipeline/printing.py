@@ -75,7 +75,8 @@ def show_table(title: str, table: Table) -> None:
 
 def in_one_line(error: BaseException, limit: int = 200) -> str:
     """What an error says, its first line alone where that is a whole sentence, for a cell or a sentence of ours."""
-    first, *rest = str(error).splitlines() or [type(error).__name__]
+    text = re.sub(r"[^.;:\n]*:  (--|pipeline ).*", "", str(error)).strip()  # a cell is no place to type from
+    first, *rest = text.splitlines() or [type(error).__name__]
     line = " ".join([first, *map(str.strip, rest)]) if first.endswith(":") else first
     return line if len(line) <= limit else line[: limit - 1] + "…"
 

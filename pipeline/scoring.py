@@ -83,7 +83,10 @@ def compare(folders: Sequence[Path], *, split: str) -> dict[str, Any]:
     """
     variants, match, answered = _variants(folders, split)
     if len(variants) < 2:
-        raise ConfigError("comparing needs two runs that differ in more than their seed; for one:  pipeline evaluate")
+        raise ConfigError(
+            "comparing needs two runs that differ in more than their seed; for one:\n"
+            f"  {shlex.join(['pipeline', 'evaluate', '--run', str(folders[0])])}"
+        )
     everything = [answers for variant in variants for answers in variant.answers]
     common = sorted(set.intersection(*(set(answers) for answers in everything)))
     _refuse_other_questions(everything, common)
