@@ -82,9 +82,9 @@ def hints(message: str) -> list[list[str]]:
     """What the lines of a message offer, two spaces before it."""
     offered = []
     for line in message.splitlines():
-        match = re.search(r"(?:^ +|: +|with )((?:pipeline |--)\S.*)$", line)
+        match = re.search(r"(?:^  +|:  +)((?:pipeline |--)\S.*)$|with (--set \S+)$", line)
         if match:
-            offered.append(shlex.split(match[1]))
+            offered.append(shlex.split(match[1] or match[2]))
     return offered
 
 
