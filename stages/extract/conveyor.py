@@ -140,16 +140,20 @@ def make_features(
 ) -> SegmentResult[Mapping[str, np.ndarray]]:
     """Features of all modalities for any frames of any video, as they are asked for."""
 
+    facts: dict[str, object] = {}
+
     def batches() -> Iterator[Mapping[str, np.ndarray]]:
         index = np.asarray(segment.frame_index)
         try:
             with naming(segment.video_id):
-                for frames in source.frames(segment.video_id, index, batch_size=batch_size):
+                reading = source.frames(segment.video_id, index, batch_size=batch_size)
+                for frames in reading:
                     yield _encoded(encoders, [encoder.view(frames) for encoder in encoders])
         except VideoRejected as rejected:
             raise SegmentFailed(rejected.kind, rejected.reason) from rejected
+        facts.update(asdict(reading.facts))
 
-    return SegmentResult(batches(), facts=lambda: asdict(source.facts(segment.video_id)))
+    return SegmentResult(batches(), facts=lambda: facts)
 
 
 class _Line:
@@ -237,10 +241,11 @@ class _Line:
     def _read_segment(self, segment: Segment, encoders: Sequence[FrozenEncoder]) -> None:
         index = np.asarray(segment.frame_index)
         try:
-            for frames in self.source.frames(segment.video_id, index, batch_size=self.batch_size):
+            reading = self.source.frames(segment.video_id, index, batch_size=self.batch_size)
+            for frames in reading:
                 self.shares.touch()
                 self.pictures.put(Batch(segment, [encoder.view(frames) for encoder in encoders]))
-            facts = asdict(self.source.facts(segment.video_id))
+            facts = asdict(reading.facts)
         except VideoRejected as rejected:
             self.pictures.put(End(segment, None, rejected))
         else:
