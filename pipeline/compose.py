@@ -21,6 +21,7 @@ from pipeline.inputs import BOTH, SamplesFrom, Which
 from pipeline.progress import OnProgress, Stopwatch
 from pipeline.runs import RunFolder
 from stages.config import PipelineConfig
+from stages.data.lvu import LvuDataset
 from stages.data.manifest import coverage, estimate
 from stages.data.samples import CachedSamples, few
 from stages.decode.evaluate import ClosedSets, by_window, resume
@@ -64,7 +65,11 @@ def extract(
     if not wanted:
         raise ConfigError(f"data.videos={config.data.videos!r} and data.annotations name no video")
     job = make_job(config, which=which, cache=cache, device=device)
-    report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
+    # LVU's windows leave out an outro of 30 s and what is left of the last stride.
+    unseen_s = 30.0 + config.data.stride_s if isinstance(dataset, LvuDataset) else 2.0
+    report = run_extraction(
+        job, wanted, workers=workers, retry_failed=retry_failed, unseen_s=unseen_s, progress=progress
+    )
     failed, missing = report.failures, set(report.missing)
     per_split = {name: dataset.wanted([name]) for name in (list(splits) or dataset.splits)} or {"all": wanted}
     status = {video: failed.get(video) for video in wanted if video not in missing}
@@ -73,6 +78,7 @@ def extract(
         "coverage": {name: part.to_json() for name, part in covered.items()},
         "warnings": list(dataset.warnings),
         "cache": str(cache),
+        "repair": inputs.extract_command("cache repair --sources", config, cache),
     }
 
 
@@ -98,6 +104,7 @@ def train(
     aligned = config.train.lambda_kd > 0
     stores = inputs.open_stores(config, cache, aligned=aligned)
     data = inputs.available_samples(config, samples, stores, cache, "train")
+    touched = inputs.refuse_changed_sources(config, stores[0], {s.video_id for s in data.samples}, cache)
     run = RunFolder.create(out, config)
     readers = config.data.reader_threads
     train_set = CachedSamples(few(data.samples, config.train.max_samples, config.train.seed), *stores, readers=readers)
@@ -117,7 +124,7 @@ def train(
             progress=progress,
         )
     alarm = diagnostics.saturation(run.metrics()) if config.align.weights == "adaptive" else None
-    warnings = [*dataset.warnings, *([str(alarm)] if alarm is not None else [])]
+    warnings = [*dataset.warnings, *touched, *data.summary(), *([str(alarm)] if alarm is not None else [])]
     return summary | {"run": str(out), "dropped": data.dropped, "warnings": warnings}
 
 

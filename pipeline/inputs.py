@@ -10,7 +10,7 @@ import functools
 import importlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from cache_schema.errors import CacheMismatch
@@ -22,11 +22,13 @@ from pipeline.overrides import flatten
 from stages.config import PipelineConfig
 from stages.data.clips import ClipsDataset
 from stages.data.frames import open_source
+from stages.data.manifest import changed_sources
 from stages.data.samples import Availability, Batch, CachedSamples, Request, available
 from stages.types import Sample
 
 Which = Literal["clip", "teacher"]
 BOTH: tuple[Which, ...] = ("clip", "teacher")
+BOTH_READ = ("extract", "cache repair --sources", "cache verify --sources")  # commands that settings of both matter to
 SamplesFrom = Callable[[Sequence[Sample], FeatureStore], CachedSamples]  # how an evaluation reads
 
 
@@ -147,6 +149,38 @@ def available_samples(
     return found
 
 
+def refuse_changed_sources(
+    config: PipelineConfig, store: FeatureStore, videos: Collection[str], cache: StorePath
+) -> tuple[str, ...]:
+    """Raise CacheMismatch where a video is another file now than at extraction, unless ``data.allow_changed`` is set.
+
+    Returns what else is to be said. Nothing is looked at where ``data.videos`` is not on this machine: features are
+    often trained on elsewhere.
+    """
+    if not config.data.videos or "://" in config.data.videos:
+        return ()
+    try:
+        source = open_source(config.data)
+    except ValueError:
+        return ()
+    with contextlib.closing(source):
+        changed, touched = changed_sources(store, source, sorted(videos))
+    repair = extract_command("cache repair --sources", config, cache)
+    if changed and not config.data.allow_changed:
+        shown = "".join(f"\n  {video} {what}" for video, what in list(changed.items())[:5])
+        more = f"\n  … and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise CacheMismatch(
+            f"{len(changed)} videos were replaced after their features were extracted:{shown}{more}\n"
+            f"Go on with the old features:  --set data.allow_changed=true\nOr make them anew:",
+            help_command=repair,
+        )
+    said = [f"{len(changed)} videos were replaced after their features were extracted"] if changed else []
+    if touched:
+        verify = extract_command("cache verify --sources", config, cache)
+        said.append(f"{touched} videos were modified after extraction, too many to compare at every start: {verify}")
+    return tuple(said)
+
+
 def reading_ahead(config: PipelineConfig) -> SamplesFrom:
     """Samples of the CLIP store, read by as many threads as ``data.reader_threads`` says."""
     return functools.partial(CachedSamples, readers=config.data.reader_threads)
@@ -161,9 +195,9 @@ def batches(data: CachedSamples, positions: Sequence[int], size: int) -> Iterato
 def extract_command(command: str, config: PipelineConfig, cache: StorePath) -> str:
     """What the user would type: the preset, and every setting that differs from it and matters to an extraction."""
     base, ours = flatten(presets.get(config.preset)), flatten(config)
-    rooms = ("data.", *(f"{which}." for which in BOTH if command in ("extract", f"extract-{which}")))
+    rooms = ("data.", *(f"{which}." for which in BOTH if command in (f"extract-{which}", *BOTH_READ)))
     sets = [f"{key}={_typed(ours[key])}" for key in ours if ours[key] != base[key] and key.startswith(rooms)]
-    parts = ["pipeline", command, "--preset", config.preset, "--cache", str(cache)]
+    parts = ["pipeline", *command.split(), "--preset", config.preset, "--cache", str(cache)]
     return shlex.join(parts + [part for item in sets for part in ("--set", item)])
 
 

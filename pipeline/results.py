@@ -54,6 +54,19 @@ def show_extraction(result: Result) -> None:
     say_all([f"failed: {failure['video']}: {failure['reason']}" for failure in failures])
     if failures:
         say("Once they are mended, the same command with --retry-failed tries these videos again.")
+    say_all([f"left out: {entry['video']}: {entry['reason']}" for entry in result["left_out"]])
+    say_all([f"length: {entry['video']}: {entry['reason']}" for entry in result["length_differs"]])
+    if hdr := result["hdr"]:
+        video, kind = next(iter(hdr.items()))
+        say(f"HDR: {len(hdr)} videos, such as {video} ({kind}), are read as if their colours were ordinary ones (D82).")
+    say_all([f"replaced: {entry['video']}: {entry['reason']}" for entry in result["changed"]])
+    if result["changed"]:
+        say(f"The cache holds features of the old files. Make them anew:\n  {result['repair']}")
+    if result["touched"]:
+        say(
+            f"{result['touched']} videos were modified after extraction, too many to compare at every start. "
+            "pipeline cache verify --sources compares them."
+        )
     if result["skipped"] == result["videos"]:
         say(f"{result['skipped']} of {result['videos'] + result['failed']} videos cached; nothing to do")
 

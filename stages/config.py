@@ -66,6 +66,7 @@ class DataConfig(Config):
     io: Literal["auto", "mmap", "pread", "direct"] = "auto"  # how the cache is read: auto measures the disk. Speed only
     reader_threads: int = Field(2, ge=1)  # threads that read the next batches ahead. Speed only
     follow_symlinks: bool = False  # a link that leaves the videos folder is refused unless set
+    allow_changed: bool = False  # D84: train on features of videos that were replaced since
     around_damage: bool = False  # D81: use the frames before and after a damaged spot; off: the video is refused
     max_pixels: int = Field(50_000_000, ge=1)  # width × height of one frame; 8K is 33 M
     max_duration_s: float = Field(4 * 3600.0, gt=0)  # refused before decoding

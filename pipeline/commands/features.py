@@ -11,7 +11,7 @@ import typer
 from pipeline import results
 from pipeline.commands import options
 from pipeline.commands.options import config_of, device_of, load_compose, place_of
-from pipeline.errors import FAILURES, guard
+from pipeline.errors import CACHE, FAILURES, guard
 from pipeline.printing import tell, to_json
 from pipeline.progress import Progress
 
@@ -75,7 +75,9 @@ def extract(
             (out / f"{command}.json").write_text(to_json(result) + "\n")
         show = partial(results.show_estimate, command) if dry_run else results.show_extraction
         tell(result, show, as_json=as_json)
-        if not dry_run and result["failed"]:
+        if not dry_run and result["changed"]:
+            raise typer.Exit(CACHE)
+        if not dry_run and (result["failed"] or result["left_out"]):
             raise typer.Exit(FAILURES)
 
 

@@ -8,26 +8,30 @@ store share its tasks by claims (cache_schema/claims.py), so that none is done t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from cache_schema import metadata
 from cache_schema.objects import StorePath
-from cache_schema.plan import Segment, Task
+from cache_schema.plan import Plan, Segment, Task
 from cache_schema.quantize import LIMIT, ChannelScale, calibrate
 from cache_schema.spec import FeatureSpec
 from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult
 from stages.config import PipelineConfig
 from stages.data.frames import open_source
+from stages.data.manifest import changed_sources, fitting, why_absent, why_length_differs
 from stages.extract.conveyor import make_features, run_tasks
-from stages.types import FrameSource, FrozenEncoder
+from stages.types import FrameSource, FrozenEncoder, VideoRejected
 
 Progress = Callable[[int, int, str], None]
 CALIBRATION_VIDEOS, CALIBRATION_FRAMES = 50, 200  # of int8, see cache_schema.quantize
@@ -66,13 +70,20 @@ class ExtractionReport:
     frames: int = 0
     skipped: int = 0  # of videos: those that were cached before
     failures: dict[str, str] = field(default_factory=dict)  # video -> reason
-    missing: tuple[str, ...] = ()  # asked for, but the source has nothing under the id
+    missing: dict[str, str] = field(default_factory=dict)  # asked for, but the source has nothing under the id: why
+    left_out: dict[str, str] = field(default_factory=dict)  # video -> why some of its wanted frames cannot be had
+    left_out_frames: int = 0
+    lengths: dict[str, str] = field(default_factory=dict)  # video -> how its length differs from its annotation
+    hdr: dict[str, str] = field(default_factory=dict)  # video -> PQ, HLG or BT.2020 (D82)
+    changed: dict[str, str] = field(default_factory=dict)  # video -> how its file was replaced since it was extracted
+    touched: int = 0  # videos that may have been replaced, too many to compare
+    unannotated: int = 0  # videos of the source that nobody asks for
     clamped: int = 0  # frames past the end of a video, answered with its last one
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, object]:
         """The keys that ``--json`` promises, and what else is known."""
-        failures = dict(self.failures) | dict.fromkeys(self.missing, "no such video in data.videos")
+        failures = self.failures | self.missing
         return {
             "videos": self.videos,
             "frames": self.frames,
@@ -80,6 +91,13 @@ class ExtractionReport:
             "skipped": self.skipped,
             "failures": [{"video": video, "reason": reason} for video, reason in sorted(failures.items())],
             "missing": len(self.missing),
+            "left_out_frames": self.left_out_frames,
+            "left_out": [{"video": video, "reason": reason} for video, reason in sorted(self.left_out.items())],
+            "length_differs": [{"video": video, "reason": reason} for video, reason in sorted(self.lengths.items())],
+            "hdr": dict(sorted(self.hdr.items())),
+            "changed": [{"video": video, "reason": reason} for video, reason in sorted(self.changed.items())],
+            "touched": self.touched,
+            "unannotated": self.unannotated,
             "clamped_frames": self.clamped,
             "seconds": round(self.seconds, 3),
         }
@@ -202,14 +220,16 @@ def extract(
     *,
     workers: int = 0,
     retry_failed: bool = False,
+    unseen_s: float = 2.0,
     progress: Progress = lambda *_: None,
 ) -> ExtractionReport:
-    """Bring every wanted frame into the cache; what is there already is not touched.
+    """Bring every wanted frame that its video has into the cache; what is there already is not touched.
 
     Args:
         wanted: video -> sorted unique frame indices.
         workers: Dask worker processes; 0 runs in this process.
         retry_failed: try the quarantined videos again.
+        unseen_s: seconds at the end of a video that annotations leave out by design.
         progress: called with (videos done, videos to do, name).
 
     Raises:
@@ -217,12 +237,15 @@ def extract(
         OSError: the disk is full, or cannot be written; nothing committed is harmed.
     """
     started = time.monotonic()
-    source = open_source(job.config.data)
-    try:
-        missing = tuple(video for video in sorted(wanted) if not source.has(video))
-    finally:
-        source.close()
-    present = {video: frames for video, frames in wanted.items() if video not in set(missing)}
+    report = ExtractionReport(videos=len(wanted))
+    with contextlib.closing(open_source(job.config.data)) as source:
+        report.missing = _missing(source, wanted)
+        report.unannotated = len(source.unasked(wanted))
+        store = _existing(job.cache)
+        if store is not None:
+            report.changed, report.touched = changed_sources(store, source, sorted(wanted))
+        present = {video: frames for video, frames in wanted.items() if video not in report.missing}
+        present = _fitting(source, present, store.plan if store else None, max(1, workers), progress)
     job = replace(job, calibration=calibration_frames(present))
     with _Engine(job, workers) as engine:
         stores = list(open_stores(job, engine.specs()).values())
@@ -232,14 +255,83 @@ def extract(
         tasks = _pending(stores, present, retry_failed=retry_failed)
         engine.run(tasks, progress)
         stores[0].finalize()
-    report = ExtractionReport(missing=missing, seconds=time.monotonic() - started)
+    report.seconds = time.monotonic() - started
     for video, gap in _gaps(stores, present).items():
         report.failures[video] = gap
     done = [video for video in present if video not in report.failures]
-    report.videos, report.frames = len(wanted), sum(len(present[video]) for video in done)
+    report.frames = sum(len(present[video]) for video in done)
     report.skipped = len(before & set(done))
-    report.clamped = sum(_clamped(stores[0].facts(video)) for video in done)
+    for video in done:
+        _note_facts(report, video, wanted[video], present[video], stores[0].facts(video), job.config.data.fps, unseen_s)
     return report
+
+
+def _missing(source: FrameSource, wanted: Mapping[str, Int[np.ndarray, " n"]]) -> dict[str, str]:
+    """Video -> why the source has nothing under its id."""
+    missing = {}
+    for video in sorted(wanted):
+        if not source.has(video):
+            try:
+                source.file(video)
+            except VideoRejected as rejected:
+                missing[video] = rejected.reason
+    return missing
+
+
+def _existing(cache: StorePath) -> FeatureStore | None:
+    """One modality of a store, for what all of them share; None where there is none yet."""
+    names = metadata.list_modalities(cache) if (cache / "zarr.json").exists() else ()
+    return FeatureStore.open(cache, min(names)) if names else None
+
+
+def _fitting(
+    source: FrameSource,
+    wanted: Mapping[str, Int[np.ndarray, " n"]],
+    planned: Plan | None,
+    threads: int,
+    progress: Progress,
+) -> dict[str, Int[np.ndarray, " m"]]:
+    """The wanted frames that each video has; only videos with frames that are not planned yet are asked.
+
+    A video that cannot be asked keeps all its frames: its extraction says why.
+    """
+    fits = dict(wanted)
+    new = [v for v, frames in wanted.items() if planned is None or (planned.find(v, frames) < 0).any()]
+
+    def ask(video: str) -> Int[np.ndarray, " n"]:
+        try:
+            return fitting(np.asarray(wanted[video]), source.extent(video))
+        except VideoRejected:
+            return wanted[video]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for number, (video, frames) in enumerate(zip(new, pool.map(ask, new), strict=True)):
+            fits[video] = frames
+            if number % 100 == 99:
+                progress(0, 0, f"length of {number + 1} of {len(new)} videos")
+    return fits
+
+
+def _note_facts(
+    report: ExtractionReport,
+    video: str,
+    wanted: Int[np.ndarray, " n"],
+    present: Int[np.ndarray, " m"],
+    facts: Mapping[str, object],
+    fps: float,
+    unseen_s: float,
+) -> None:
+    report.clamped += _clamped(facts)
+    if len(present) < len(wanted):
+        absent = np.setdiff1d(wanted, present)
+        report.left_out_frames += len(absent)
+        reason = why_absent(absent.tolist(), facts)
+        report.left_out[video] = f"{len(absent)} of {len(wanted)} frames cannot be had: {reason}"
+    count = facts.get("count")
+    if isinstance(count, int) and (differs := why_length_differs(np.asarray(wanted), count, fps, unseen_s=unseen_s)):
+        report.lengths[video] = differs
+    if hdr := facts.get("hdr"):
+        report.hdr[video] = str(hdr)
 
 
 def _gaps(stores: Sequence[FeatureStore], wanted: Mapping[str, Int[np.ndarray, " n"]]) -> dict[str, str]:

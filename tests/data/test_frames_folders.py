@@ -95,7 +95,7 @@ def test_a_missing_frame_is_named_only_when_it_is_wanted(tmp_path):
     assert (rejection.kind, rejection.reason) == (
         "missing_frame",
         "number 6 is missing: there are 11 frames, numbered up to 12. "
-        "To use the frames before and after it:  --set data.around_damage=true",
+        "To use the frames around it: a new --cache, with --set data.around_damage=true",
     )
 
 

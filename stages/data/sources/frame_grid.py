@@ -16,7 +16,7 @@ EPSILON = Fraction(1, 1000)
 # MA-LMM's frame counts differ by 1–2 between ffmpeg versions (MA-LMM#37), so up to two grid steps past the end are
 # answered with the last picture and counted. Two steps, not a time: it is a miscount of grid frames, at any fps.
 CLAMP_STEPS = 2
-AROUND_DAMAGE = "To use the frames before and after it:  --set data.around_damage=true"
+AROUND_DAMAGE = "To use the frames around it: a new --cache, with --set data.around_damage=true"
 
 
 class Rejected(Exception):
