@@ -61,7 +61,7 @@ def show_extraction(result: Result) -> None:
         say(f"HDR: {len(hdr)} videos, such as {video} ({kind}), are read as if their colours were ordinary ones (D82).")
     say_all([f"replaced: {entry['video']}: {entry['reason']}" for entry in result["changed"]])
     if result["changed"]:
-        say(f"The cache holds features of the old files. Make them anew:\n  {result['repair']}")
+        say(f"The cache holds features of the old files. Make them anew:  {result['repair']}")
     if result["touched"]:
         say(
             f"{result['touched']} videos were modified after extraction, too many to compare at every start. "

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from cache_schema.errors import CacheMissing
+from cache_schema.errors import CacheMismatch, CacheMissing
 from cache_schema.store import FeatureStore
+from pipeline.cli import app
+from pipeline.inputs import refuse_changed_sources
 from stages.data.samples import available
 from stages.extract.run import Job, extract
 from stages.types import Sample
@@ -92,3 +96,13 @@ def test_a_replaced_video_is_named_at_the_next_start_and_a_touched_one_is_not(
     assert changed.keys() == {first.stem, second.stem}
     assert "bytes when it was extracted and has" in changed[first.stem]
     assert changed[second.stem] == "has other bytes now than when it was extracted"
+    store = FeatureStore.open(tmp_path / "store", "tokens")
+    with pytest.raises(CacheMismatch, match=r"2 videos were replaced .*\n(.*\n)*.*allow_changed=true") as refusal:
+        refuse_changed_sources(job.config, store, frames, tmp_path / "store")
+    command = shlex.split(str(refusal.value).rpartition("\n")[2])
+    assert command[:4] == ["pipeline", "cache", "repair", "--sources"]
+    typed = CliRunner().invoke(app, [*command[1:], "--device", "cpu"])
+    assert typed.exit_code == 0, typed.output
+    assert refuse_changed_sources(job.config, FeatureStore.open(tmp_path / "store", "tokens"), frames, store.path) == ()
+    shutil.rmtree(tmp_path / "v")  # training on a machine without the videos
+    assert refuse_changed_sources(job.config, store, frames, store.path) == ()

@@ -265,6 +265,18 @@ def test_the_result_is_kept_in_out(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- exit codes
 
 
+def test_videos_without_some_frames_exit_with_3_and_replaced_ones_with_4(composed: Composed) -> None:
+    composed.returns["extract"] = EXTRACTED | {"left_out": [{"video": "short", "reason": "the file has 12 frames"}]}
+    result = run_cpu("extract")
+    assert result.exit_code == 3
+    assert "left out: short: the file has 12 frames" in result.output
+    replaced = {"changed": [{"video": "v", "reason": "has other bytes now"}], "repair": "pipeline cache repair"}
+    composed.returns["extract"] = EXTRACTED | replaced
+    result = run_cpu("extract")
+    assert result.exit_code == 4
+    assert "Make them anew: pipeline cache repair" in result.output
+
+
 def test_failures_exit_with_3_and_are_listed(composed: Composed) -> None:
     failures = [{"video": f"v{n}", "reason": "no video stream"} for n in range(25)]
     composed.returns["extract"] = EXTRACTED | {"failed": 25, "failures": failures}
