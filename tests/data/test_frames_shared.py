@@ -38,7 +38,8 @@ IS_REFUSED = {
     "audio_only": ("no_video_stream", "there is no video stream in it, only audio"),
     "corrupted_real_decord": (
         "decode_error",
-        "decoding fails at 2.8 s of 5.0 s: Invalid data found when processing input",
+        "decoding fails at 2.8 s of 5.0 s: Invalid data found when processing input. "
+        "To use the frames around it: a new --cache, with --set data.around_damage=true",
     ),
     "text_renamed": ("not_a_video", "the file is text, not a video"),
     "truncated_faststart": (
