@@ -27,6 +27,7 @@ from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import compose, inputs, overrides, training
 from pipeline.ledger import Ledger
+from pipeline.locks import one_writer, writing
 from pipeline.progress import OnProgress
 from pipeline.runs import RunFolder
 from pipeline.variants import MATCHED, Variant
@@ -44,6 +45,7 @@ from stages.types import Decoder, Sample
 KEPT_SHARE = 4  # a quarter of the memory may keep features of val and test between students; the rest is for students
 
 
+@one_writer("out")
 def ablate(
     variants: Sequence[Variant],
     *,
@@ -241,12 +243,13 @@ class Runner:
         self, variants: Sequence[Variant], data: CachedSamples, decoder: Decoder, kept: Kept, where: str
     ) -> None:
         ready: list[tuple[Variant, RunFolder, Trainer, dict[str, Any]]] = []
-        for variant in variants:
-            with self._dropping(variant):
-                trainer = self._trainer(variant, data, decoder)
-                run = RunFolder.create(self.ledger.out / variant.name, variant.config, out=self.ledger.out)
-                ready.append((variant, run, trainer, training.resume_run(run, trainer)))
         with contextlib.ExitStack() as stack:
+            for variant in variants:
+                with self._dropping(variant):
+                    trainer = self._trainer(variant, data, decoder)
+                    stack.enter_context(writing(self.ledger.out / variant.name))
+                    run = RunFolder.create(self.ledger.out / variant.name, variant.config, out=self.ledger.out)
+                    ready.append((variant, run, trainer, training.resume_run(run, trainer)))
             entrants = []
             for variant, run, trainer, state in ready:
                 recording = training.recording(

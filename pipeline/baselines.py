@@ -20,6 +20,7 @@ from cache_schema.store import FeatureStore
 from pipeline import registry, scoring
 from pipeline.errors import ConfigError
 from pipeline.inputs import available_samples, load_dataset, open_stores, refuse_leaks, samples_of
+from pipeline.locks import one_writer, replace_text
 from pipeline.printing import to_json
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
@@ -34,6 +35,7 @@ KEPT_LABELS = 64  # up to here the scores of all labels are kept, so that window
 METHOD = 2  # of the probes: another number means that answers on disk are not those that would be given today
 
 
+@one_writer("out")
 def baselines(
     config: PipelineConfig,
     *,
@@ -92,7 +94,7 @@ def baselines(
         "out": str(out),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "baselines.json").write_text(to_json(result) + "\n")
+    replace_text(out / "baselines.json", to_json(result) + "\n")
     return result
 
 

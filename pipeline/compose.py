@@ -18,6 +18,7 @@ from cache_schema.objects import StorePath
 from pipeline import inputs, scoring, training
 from pipeline.errors import ConfigError
 from pipeline.inputs import BOTH, SamplesFrom, Which
+from pipeline.locks import one_writer
 from pipeline.progress import OnProgress, Stopwatch
 from pipeline.runs import RunFolder
 from stages.config import PipelineConfig
@@ -86,6 +87,7 @@ def make_job(config: PipelineConfig, *, which: Which | Literal["both"], cache: S
 # ---------------------------------------------------------------- stage 2
 
 
+@one_writer("out")
 def train(
     config: PipelineConfig, *, cache: StorePath, out: Path, device: str, dry_run: bool, progress: OnProgress
 ) -> dict[str, Any]:
@@ -124,6 +126,7 @@ def train(
 # ---------------------------------------------------------------- stage 3
 
 
+@one_writer("out", create=False)
 def evaluate(
     config: PipelineConfig | None,
     *,

@@ -23,6 +23,7 @@ from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import registry
 from pipeline.inputs import available_samples, load_dataset, open_stores, samples_of
+from pipeline.locks import one_writer, replace_text
 from pipeline.printing import in_one_line
 from pipeline.progress import OnProgress
 from pipeline.runs import RunFolder
@@ -39,6 +40,7 @@ from stages.types import Sample
 FORMAT = 1
 
 
+@one_writer("run_path", create=False)
 def diagnose(
     run_path: Path, *, cache: StorePath, split: str, samples: int, checkpoint: str, device: str, progress: OnProgress
 ) -> dict[str, Any]:
@@ -80,9 +82,7 @@ def diagnose(
         "operations": _operations(config, trainer, data),
     }
     text = json.dumps(_strict(result), allow_nan=False)
-    temp = run.diagnostics.with_name(f".{run.diagnostics.name}.tmp")
-    temp.write_text(text + "\n")
-    temp.replace(run.diagnostics)
+    replace_text(run.diagnostics, text + "\n")
     progress(3, 3, "")
     return {
         "diagnostics": str(run.diagnostics),

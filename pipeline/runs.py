@@ -37,6 +37,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
+from pipeline.locks import is_lock
 from pipeline.overrides import deciding, validate
 from stages.config import PipelineConfig
 
@@ -360,7 +361,8 @@ def _refuse_foreign_files(path: Path, out: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file.\nName a folder:  --out {free_folder(out)}")
     allowed = {"extract.json", "extract-clip.json", "extract-teacher.json", "checkpoints", ".config.json.tmp"}
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in allowed) if path.exists() else []
+    entries = [entry.name for entry in path.iterdir()] if path.exists() else []
+    foreign = sorted(name for name in entries if name not in allowed and not is_lock(name))
     if foreign:
         raise ConfigError(
             f"{path} holds other files ({', '.join(foreign[:3])}) and no run.\n"

@@ -17,7 +17,8 @@ from typing import Any
 
 from cache_schema.objects import StorePath
 from pipeline import presets
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, raising_on_signals
+from pipeline.locks import one_writer
 from pipeline.overrides import apply
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
@@ -46,6 +47,7 @@ class Job:
     out: Path
 
 
+@one_writer("out")
 def tour(sets: Sequence[str], *, cache: StorePath, out: Path, processes: int, progress: OnProgress) -> dict[str, Any]:
     """Run every arm of every task and return the table: task -> row -> scores.
 
@@ -92,7 +94,7 @@ def _in_processes(jobs: Sequence[Job], processes: int, progress: OnProgress) -> 
         return found
     except BaseException:
         for child in set(active_children()) - before:
-            child.terminate()  # their checkpoints stay: the next start goes on from there
+            child.terminate()  # they finish their step and save
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -125,7 +127,12 @@ def _begin() -> None:
 
 
 def _run(job: Job) -> Found:
-    """One job, in a process of the pool."""
+    """One job, in a process of the pool, which hears signals as a command does."""
+    with raising_on_signals():
+        return _find(job)
+
+
+def _find(job: Job) -> Found:
     from pipeline import baselines, compose
 
     if job.row in BASELINES:

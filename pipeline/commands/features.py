@@ -11,7 +11,8 @@ import typer
 from pipeline import results
 from pipeline.commands import options
 from pipeline.commands.options import config_of, device_of, load_compose, place_of
-from pipeline.errors import FAILURES, guard
+from pipeline.errors import FAILURES, guard, naming
+from pipeline.locks import replace_text
 from pipeline.printing import tell, to_json
 from pipeline.progress import Progress
 
@@ -58,7 +59,7 @@ def extract(
         config = config_of(preset, [*(sets or []), *stored])
         place = place_of(cache, config, cache_local, cache_local_budget)
         compose = load_compose(dry_run=dry_run)
-        with Progress() as progress:
+        with Progress() as progress, naming(place):
             result = compose.extract(
                 config,
                 which=WHICH[command],
@@ -72,7 +73,7 @@ def extract(
             )
         if out is not None and not dry_run:
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{command}.json").write_text(to_json(result) + "\n")
+            replace_text(out / f"{command}.json", to_json(result) + "\n")
         show = partial(results.show_estimate, command) if dry_run else results.show_extraction
         tell(result, show, as_json=as_json)
         if not dry_run and result["failed"]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from pipeline import registry
 from pipeline.errors import ConfigError
+from pipeline.locks import replace_text
 from pipeline.overrides import flatten
 from pipeline.printing import size
 from pipeline.progress import OnProgress, clock, printable
@@ -70,9 +71,7 @@ def report(paths: Sequence[Path], *, out: Path | None, shown: int, progress: OnP
     progress(len(results), len(results), "page")
     page = render(chapters, _paper_tables(studies, results))
     target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(f".{target.name}.tmp")
-    half.write_text(page, encoding="utf-8")
-    half.replace(target)
+    replace_text(target, page)
     return {
         "page": str(target),
         "bytes": len(page.encode()),

@@ -24,7 +24,6 @@ from torch import Tensor
 from cache_schema.errors import CacheMissing
 from cache_schema.plan import Segment, Task
 from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult, write_tasks_together
-from stages.extract.halving import encode
 from stages.extract.sharing import Shares
 from stages.types import FrameSource, FrozenEncoder, VideoRejected
 
@@ -121,18 +120,20 @@ def run_tasks(
     *,
     batch_size: int,
     on_video: Callable[[str], None] = lambda _: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Extract tasks and publish them, in order. Safe to run twice, and in two places.
 
     An encoder is not run for a task that all its modalities have, nor for one that another extraction has claimed for
-    it. ``on_video`` is called in the caller's thread, when the last frame of a video is encoded.
+    it. ``on_video`` is called in the caller's thread, when the last frame of a video is encoded. Before each task
+    ``stopping`` is asked: no further one is begun then.
 
     Raises:
         Whatever source, encoder or disk raises, with a note that names the video; partial files are gone then.
         CacheMissing: a shard of these tasks was removed meanwhile.
     """
     with contextlib.closing(Shares(stores)) as shares:
-        return _Line(source, stores, shares, batch_size).run(tasks, encoders, on_video)
+        return _Line(source, stores, shares, batch_size, stopping).run(tasks, encoders, on_video)
 
 
 def make_features(
@@ -154,9 +155,15 @@ def make_features(
 
 class _Line:
     def __init__(
-        self, source: FrameSource, stores: Mapping[str, FeatureStore], shares: Shares, batch_size: int
+        self,
+        source: FrameSource,
+        stores: Mapping[str, FeatureStore],
+        shares: Shares,
+        batch_size: int,
+        stopping: Callable[[], bool],
     ) -> None:
         self.source, self.stores, self.shares, self.batch_size = source, stores, shares, batch_size
+        self.stopping = stopping
         self.pictures, self.features = Channel(AHEAD), Channel(AHEAD)
         self.done = Outcome()
         self.write_error: BaseException | None = None
@@ -253,6 +260,8 @@ class _Line:
         while True:
             item = self.pictures.get()
             match item:
+                case Begin() if self.stopping():
+                    item = Failed(None)
                 case Begin():
                     encoders = item.encoders
                 case Batch(segment, pictures):
@@ -317,7 +326,7 @@ class _Line:
 def _encoded(encoders: Sequence[FrozenEncoder], pictures: Sequence[Tensor]) -> dict[str, np.ndarray]:
     features: dict[str, np.ndarray] = {}
     for encoder, picture in zip(encoders, pictures, strict=True):
-        features |= encode(encoder, picture)
+        features |= encoder.encode(picture)
     return features
 
 

@@ -27,6 +27,8 @@ from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult
 from stages.config import PipelineConfig
 from stages.data.frames import open_source
 from stages.extract.conveyor import make_features, run_tasks
+from stages.extract.fitting import Fitting
+from stages.stopping import STOP, ignore_stop_signals, whole_steps
 from stages.types import FrameSource, FrozenEncoder
 
 Progress = Callable[[int, int, str], None]
@@ -111,7 +113,7 @@ def _encoder(job: Job, builder: str, source: FrameSource) -> FrozenEncoder:
     module, _, name = builder.partition(":")
     build = getattr(importlib.import_module(module), name)
     encoder: FrozenEncoder = build(job.config, device=job.device, frame_rule=source.frame_rule, decoder=source.decoder)
-    return encoder
+    return Fitting(encoder)
 
 
 def specs_made(encoders: Sequence[FrozenEncoder]) -> dict[str, FeatureSpec]:
@@ -230,7 +232,8 @@ def extract(
             stores[0].extend_plan(present)
         before = set(present) - set(_gaps(stores, present))
         tasks = _pending(stores, present, retry_failed=retry_failed)
-        engine.run(tasks, progress)
+        with whole_steps(STOP) as stopping:  # Ctrl-C drops the shard at hand; a batch system has time for it
+            engine.run(tasks, progress, stopping)
         stores[0].finalize()
     report = ExtractionReport(missing=missing, seconds=time.monotonic() - started)
     for video, gap in _gaps(stores, present).items():
@@ -273,14 +276,21 @@ class _Engine:
     def __enter__(self) -> _Engine:
         if self.workers:
             from dask import config
-            from distributed import Client, LocalCluster
+            from distributed import Client, LocalCluster, Security
 
             spawn = "distributed.nanny.pre-spawn-environ"
             with config.set({f"{spawn}.{name}": value for name, value in KEEP_FREED.items()}):
                 self.cluster = LocalCluster(
-                    n_workers=self.workers, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+                    n_workers=self.workers,
+                    threads_per_worker=1,
+                    dashboard_address=None,
+                    host="127.0.0.1",
+                    # Whoever can talk to a scheduler can run code as its owner, and other users reach 127.0.0.1 too. A
+                    # key that is only in the memory of these processes keeps them out, in both directions (D76).
+                    security=Security.temporary(),
                 )
             self.client = Client(self.cluster)
+            self.client.run(ignore_stop_signals)  # those of a process group or job step reach the workers as well
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -296,24 +306,30 @@ class _Engine:
             return specs
         return specs_of(self.job)
 
-    def run(self, tasks: Sequence[Task], progress: Progress) -> None:
-        """Run all, those that another extraction has claimed last; raises what a task raised."""
+    def run(self, tasks: Sequence[Task], progress: Progress, stopping: Callable[[], bool]) -> None:
+        """Run all, those that another extraction has claimed last; raises what a task raised.
+
+        When ``stopping``, those at work are finished and no others are begun.
+        """
         total = sum(len(task.segments) for task in tasks)
         done = 0
-        while tasks:
+        while tasks and not stopping():
 
             def count(videos: int, name: str, before: int = done) -> None:
                 progress(min(before + videos, total), total, name)
 
             self.rounds += 1
-            busy = self._on_workers(tasks, count) if self.workers else self._inline(tasks, count)
+            work = self._on_workers if self.workers else self._inline
+            busy = work(tasks, count, stopping)
             done = total - sum(len(task.segments) for task in busy)
             if len(busy) == len(tasks):
                 progress(done, total, "waiting for another extraction")
                 time.sleep(PAUSE_S)
             tasks = busy
 
-    def _inline(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> list[Task]:
+    def _inline(
+        self, tasks: Sequence[Task], progress: Callable[[int, str], None], stopping: Callable[[], bool]
+    ) -> list[Task]:
         """Run what is free in this process; returns the tasks of which another extraction has a part."""
         videos = 0
 
@@ -324,9 +340,11 @@ class _Engine:
 
         source, encoders, stores = worker(self.job)
         batch_size = self.job.config.extract.batch_size
-        return run_tasks(tasks, source, encoders, stores, batch_size=batch_size, on_video=count).busy
+        return run_tasks(tasks, source, encoders, stores, batch_size=batch_size, on_video=count, stopping=stopping).busy
 
-    def _on_workers(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> list[Task]:
+    def _on_workers(
+        self, tasks: Sequence[Task], progress: Callable[[int, str], None], stopping: Callable[[], bool]
+    ) -> list[Task]:
         """The same on the cluster."""
         from distributed import as_completed
 
@@ -334,7 +352,7 @@ class _Engine:
         futures = as_completed(with_results=True)
 
         def submit(count: int) -> None:
-            for task in _take(waiting, count):
+            for task in [] if stopping() else _take(waiting, count):
                 future = self._submit(task)
                 running[future.key] = task
                 futures.add(future)
