@@ -211,17 +211,27 @@ def raising_on_signals() -> Iterator[None]:
         yield
 
 
-class _Outlet(io.FileIO):
+class _Outlet(io.TextIOWrapper):
     """Standard output or error. Once its reader has left, or its terminal is gone, what is written goes nowhere."""
 
-    def write(self, data: object) -> int:
+    def write(self, text: str, /) -> int:
         try:
-            return super().write(data)  # type: ignore[arg-type]
+            return super().write(text)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # so that libraries find nothing broken either
-            return super().write(data)  # type: ignore[arg-type]
+            self._go_nowhere(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._go_nowhere(error)
+            super().flush()
+
+    def _go_nowhere(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # so that libraries find nothing broken either
 
 
 @contextmanager
@@ -231,10 +241,9 @@ def outliving_readers() -> Iterator[None]:
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):
             stream.flush()
-            outlet = io.BufferedWriter(_Outlet(stream.fileno(), "w", closefd=False))
+            raw = io.BufferedWriter(io.FileIO(stream.fileno(), "w", closefd=False))
             lines = name == "stderr" or stream.isatty()
-            text = io.TextIOWrapper(outlet, encoding=stream.encoding, errors=stream.errors, line_buffering=lines)
-            setattr(sys, name, text)
+            setattr(sys, name, _Outlet(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=lines))
     try:
         yield
     finally:
