@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
-from stages.config import PipelineConfig
+from stages.config import SECRETS, PipelineConfig
 
 SPEED_ONLY = ("data.io", "data.reader_threads")
 TEACHER_ONLY = ("align.", "teacher.")  # what does nothing where train.lambda_kd is 0
@@ -29,7 +29,7 @@ def apply(config: PipelineConfig, sets: Sequence[str]) -> PipelineConfig:
         ConfigError: no such key (the nearest are named), a value of another kind (the message says what is expected),
             or values that contradict each other.
     """
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", context=SECRETS)
     fields = _fields()
     for item in sets:
         key, equals, raw = item.partition("=")

@@ -30,6 +30,7 @@ from stages.config import (
     TrainConfig,
 )
 from stages.miniature import configs
+from stages.urls import without_credentials
 
 LVU_TASKS = ("relationship", "way_speaking", "scene", "director", "genre", "writer", "year")  # Table 1, left to right
 WORLD = "cache/miniature/world"  # where `pipeline synth` draws the miniature's videos
@@ -278,7 +279,8 @@ def default_cache(config: PipelineConfig) -> Path:
     preset = PRESETS[config.preset]
     if config.data.videos == preset.build().data.videos:
         return Path("cache") / preset.cache / "features"
-    place = config.data.videos if "://" in config.data.videos else os.path.abspath(config.data.videos)
+    videos = without_credentials(config.data.videos)  # a signature lasts for hours, the folder for years
+    place = videos if "://" in videos else os.path.abspath(videos)
     digest = hashlib.sha256(place.encode()).hexdigest()[:6]
     return Path("cache") / f"{_slug(Path(place).name)}-{digest}" / "features"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
 from pipeline.progress import printable
+from stages.urls import without_credentials
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,4 +129,4 @@ def _strict(value: object) -> object:
         return {str(key): _strict(part) for key, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_strict(part) for part in value]
-    return value
+    return without_credentials(value) if isinstance(value, str) else value

@@ -7,17 +7,36 @@ The defaults of this file are the paper's; the presets in pipeline/presets.py ch
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+)
 
+from stages.urls import without_credentials
+
+SECRETS = "with the credentials of URLs"  # a dump that stays in this process
 NUM_HIDDEN_STATES = 13  # embedding output + 12 blocks: the only count that makes "the 13th layer" exist (D1)
 
 
 class Config(BaseModel):
-    """Base of every section: immutable, and an unknown key is an error."""
+    """Base of every section: immutable, and an unknown key is an error.
+
+    What is dumped leaves the process sooner or later (config.json, pages, hints, digests), so a dump holds no URL's
+    credentials; only the attributes do, and ``model_dump(context=SECRETS)``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_serializer("*", mode="wrap")
+    def _without_credentials(self, value: object, plain: Callable[[Any], Any], info: Any) -> Any:
+        dumped = plain(value)
+        return without_credentials(dumped) if isinstance(value, str) and info.context != SECRETS else dumped
 
 
 def parse_levels(value: object) -> object:

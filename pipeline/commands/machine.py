@@ -41,12 +41,13 @@ def synth(
 @app.command("doctor", epilog="Example:  pipeline doctor --store s3://bucket/features")
 def doctor(
     store: Annotated[
-        str | None, typer.Option("--store", metavar="URL", help="Also try what a cache needs of this object store.")
+        str | None,
+        typer.Option("--store", metavar="PATH", help="Also try what a cache needs of this folder or object store."),
     ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Say what this machine, and an object store, have and lack."""
+    """Check this machine, and a folder or an object store that is to hold a cache."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import doctor as room
 

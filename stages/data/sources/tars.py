@@ -10,6 +10,7 @@ its decoders are not used, because they unpickle; both is what WDS_SECURE=1 is f
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import logging
@@ -36,6 +37,7 @@ from stages.data.sources.tar_index import SkippedMember, TarVideo, add_tar
 from stages.data.sources.video_files import VideoReader, file_of, video_rule
 from stages.data.sources.video_process import VideoLimits, VideoPart
 from stages.types import SourceFacts, VideoRejected
+from stages.urls import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +195,7 @@ class WebDatasetTars:
             if self._spool is None:
                 self._spool = tempfile.TemporaryDirectory(prefix="diff-lmm-tars-")
             path = Path(self._spool.name) / f"{number:06d}.tar"
-            shown = urllib.parse.urlunsplit((parts.scheme, (parts.hostname or "") + parts.path, "", "", ""))
+            shown = without_credentials(name)
             fetch(name, path, shown)
             return path, shown
         if parts.scheme == "file":
@@ -224,6 +226,17 @@ def read_part(place: VideoPart) -> bytes:
         return os.pread(tar.fileno(), place.size or 0, place.offset)
 
 
+def _request(url: str) -> urllib.request.Request:
+    """A request without user and password in its host; they go into a header that no redirection takes along."""
+    parts = urllib.parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl())
+    if at:
+        plain = urllib.parse.unquote(user).encode()
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(plain).decode()}")
+    return request
+
+
 def fetch(url: str, path: Path, shown: str) -> None:
     """Copy an http(s) resource to ``path``, checking its length; three attempts. Raises OSError."""
     opener = urllib.request.OpenerDirector()  # http and https only, also after a redirect
@@ -238,7 +251,7 @@ def fetch(url: str, path: Path, shown: str) -> None:
         opener.add_handler(handler())
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with opener.open(url, timeout=CONNECT_S) as response, path.open("wb") as file:
+            with opener.open(_request(url), timeout=CONNECT_S) as response, path.open("wb") as file:
                 shutil.copyfileobj(response, file, 1 << 20)
                 promised = response.headers.get("Content-Length")
             if promised is None or path.stat().st_size == int(promised):
@@ -248,6 +261,9 @@ def fetch(url: str, path: Path, shown: str) -> None:
             failure = f"the server answers {error.code}"
             if error.code < 500:
                 break
+        except (http.client.InvalidURL, ValueError):  # its text may hold the password
+            failure = "that is not a URL; a slash in a password is written %2F, an @ is written %40"
+            break
         except (OSError, http.client.HTTPException) as error:
             failure = f"{type(error).__name__}: {error}"
         if attempt == ATTEMPTS:
