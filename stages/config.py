@@ -31,7 +31,7 @@ class Config(BaseModel):
     credentials; only the attributes do, and ``model_dump(context=SECRETS)``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     @field_serializer("*", mode="wrap")
     def _without_credentials(self, value: object, plain: Callable[[Any], Any], info: Any) -> Any:
