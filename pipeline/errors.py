@@ -41,6 +41,7 @@ from stages.urls import without_credentials
 DONE, DEFECT, USAGE, FAILURES, CACHE, ENVIRONMENT, INTERRUPTED, CTRL_C = 0, 1, 2, 3, 4, 5, 75, 130
 
 RESUME = "What is finished is kept. The same command, given again, goes on from there."
+WRITING = "It happened while "
 DEBUG = "The same command with --debug shows where it happened."
 
 # Dotted names instead of classes: naming a class here must not import torch. The first match on the class's bases wins.
@@ -128,8 +129,9 @@ def naming(place: object) -> Iterator[None]:
         yield
     except Exception as error:
         failure = system_error(error)
-        if failure is not None and failure.filename is None:
-            error.add_note(f"It happened while {place} was being written.")
+        named = any(note.startswith(WRITING) for note in getattr(error, "__notes__", []))
+        if failure is not None and failure.filename is None and not named:
+            error.add_note(f"{WRITING}{place} was being written.")
         raise
 
 

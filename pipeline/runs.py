@@ -36,7 +36,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, naming
 from pipeline.locks import is_lock
 from pipeline.overrides import deciding, validate
 from stages.config import PipelineConfig
@@ -243,7 +243,8 @@ class RunFolder:
 
         folder.mkdir(parents=True)
         file = folder / "tensors.safetensors"
-        save_file(_own_memory(tensors), file)
+        with naming(file):
+            save_file(_own_memory(tensors), file)
         facts = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         _flush(file)
         write_json(folder / "state.json", {"step": step, "state": dict(state), "tensors": facts})
@@ -389,7 +390,7 @@ def _step_of(folder: Path) -> int:
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     _cut_half_line(path)
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
 
 
@@ -428,9 +429,10 @@ def write_json(path: Path, value: object) -> None:
 def _write_text(path: Path, text: str) -> None:
     """Replace a file as a whole: readers see the old text or the new."""
     temp = path.with_name(f".{path.name}.tmp")
-    temp.write_text(text)
-    _flush(temp)
-    os.replace(temp, path)
+    with naming(path):
+        temp.write_text(text)
+        _flush(temp)
+        os.replace(temp, path)
     _flush_folder(path.parent)
 
 

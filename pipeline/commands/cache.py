@@ -14,7 +14,7 @@ import typer
 from pipeline import cache_results
 from pipeline.commands import options
 from pipeline.commands.options import config_of, device_of, load_compose, place_of
-from pipeline.errors import CACHE, FAILURES, guard
+from pipeline.errors import CACHE, FAILURES, guard, naming
 from pipeline.printing import tell
 from pipeline.progress import Progress
 
@@ -115,7 +115,7 @@ def repair(
         from pipeline import cache_tools
 
         options = _options(preset, sets, cache)
-        with Progress() as progress:
+        with Progress() as progress, naming(options.cache):
             result = cache_tools.repair(
                 options,
                 quick=quick,
@@ -194,7 +194,8 @@ def export(
         from pipeline import cache_tools
 
         form = "plain" if plain else form
-        result = cache_tools.export(_options(preset, sets, cache), out, form=form, modalities=modality or [])
+        with naming(out):
+            result = cache_tools.export(_options(preset, sets, cache), out, form=form, modalities=modality or [])
         tell(result, cache_results.show_export, as_json=as_json)
         if result["skipped"]:
             raise typer.Exit(FAILURES)

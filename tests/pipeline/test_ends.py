@@ -186,7 +186,7 @@ def test_the_second_of_two_is_told_and_changes_nothing_and_a_killed_one_is_follo
 ROOM = {  # kB left on the disk: enough to begin, too little for what is made
     "train-student": 200,
     "ablate": 300,
-    "evaluate": 8,
+    "evaluate": 4,
     "baselines": 8,
     "tour": 200,
     "diagnose": 8,

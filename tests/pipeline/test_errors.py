@@ -117,9 +117,10 @@ def test_a_failure_that_names_no_path_says_what_was_being_written() -> None:
     with pytest.raises(OSError) as caught, naming("runs/mine"):  # noqa: PT011
         raise OSError(errno.ENOSPC, "No space left on device")
     assert "while runs/mine was being written" in message(caught.value)
-    with pytest.raises(Stranger) as other, naming("runs/mine"):
+    with pytest.raises(Stranger) as other, naming("runs"), naming("runs/mine"):  # the nearest one is said
         raise Stranger("I/O error: Permission denied (os error 13)")
     assert "Permission denied" in message(other.value)
+    assert message(other.value).count("was being written") == 1
     assert "while runs/mine was being written" in message(other.value)
 
 
