@@ -17,7 +17,7 @@ from typing import Any
 
 from cache_schema.objects import StorePath
 from pipeline import presets
-from pipeline.errors import ConfigError, raising_on_signals
+from pipeline.errors import ConfigError, Interrupted, raising_on_signals
 from pipeline.locks import one_writer
 from pipeline.overrides import apply
 from pipeline.progress import OnProgress
@@ -34,6 +34,7 @@ BASELINES = {
     "probe on pooled teacher": "teacher_mean",
 }
 LOOK_S = 1.0  # between two looks at the run folders
+_heard: list[str] = []  # the signal that ended this process of the pool
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,15 @@ def _begin() -> None:
 
 
 def _run(job: Job) -> Found:
-    """One job, in a process of the pool, which hears signals as a command does."""
-    with raising_on_signals():
-        return _find(job)
+    """One job, in a process of the pool, which hears signals as a command does, and takes no job after one."""
+    if _heard:
+        raise Interrupted(_heard[0])
+    try:
+        with raising_on_signals():
+            return _find(job)
+    except Interrupted as signal:
+        _heard.append(str(signal))
+        raise
 
 
 def _find(job: Job) -> Found:

@@ -166,6 +166,7 @@ def test_the_second_of_two_is_told_and_changes_nothing_and_a_killed_one_is_follo
     words = words_of(command, tmp_path, 60)
     first = start(*words)
     wait_until(lambda: any(path.stat().st_size for path in tmp_path.rglob("metrics.jsonl")), first)
+    os.killpg(first.pid, signal.SIGSTOP)  # slower than this it cannot be, and it lives
     second = call(*words)
     assert second.returncode == 75, second.stderr
     assert f"{tmp_path / 'out'} is being written by process {first.pid} on " in second.stderr
