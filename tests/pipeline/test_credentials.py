@@ -145,7 +145,7 @@ def test_videos_behind_credentials_go_through_every_command(url: str, session: S
     session.run("cache", "verify", *sets, "--full", "--sources", "--semantic", "2")
     session.run("cache", "ls", ".", "--json")
     session.run("train-student", *sets, *device, "--set", "clip.dtype=float32", "--out", "runs/two", "--debug", code=4)
-    session.run("extract", *sets, *device, "--set", "teacher.layers=5", "--dry-run")
+    session.run("extract", *sets, *device, "--dry-run")
     wrong = [*sets, "--set", f"data.videos={url.replace('clips', 'none')}"]
     session.run("extract", *wrong, *device, "--cache", "third", "--debug", "--json", code=5)
     odd = url.replace(PASSWORD, f"{PASSWORD}/odd")
