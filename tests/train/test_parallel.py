@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stages.train import parallel
 from stages.train.memory import MemoryBank
-from stages.train.plan import PlanCache, merge_plan
+from stages.train.plan import MergePlan, PlanCache, merge_plan
 from stages.train.student import Student, num_aligned_frames
 
 PROMPTS = ["what is the relationship of the movie ?", "who runs ?", "scene"]
@@ -163,6 +164,25 @@ def test_the_plan_tells_the_entries_of_every_bank(features: Callable[..., torch.
                 bank.slots_followed_by(f[:, t]).flatten(1).sort(1).values[:, -1], torch.tensor([min(t, 3)] * 2)
             )
         bank = bank.append(f[:, t])
+
+
+def test_in_float32_query_states_merge_as_their_cosines_in_float64_say(
+    make_student: Callable[..., Student], features: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+
+    def noted(x: torch.Tensor, max_len: int) -> MergePlan:
+        plans.append((x, merge_plan(x, max_len)))
+        return plans[-1][1]
+
+    monkeypatch.setattr(parallel, "merge_plan", noted)
+    student = make_student(dtype=torch.float32, num_layers=6, max_frames=60, memory_len=20)
+    torch.nn.init.zeros_(student.image_pe.weight)
+    student((features(1, 1) + 1e-2 * features(1, 60, seed=1)).float(), PROMPTS[:1], frames="all")
+    assert len(plans) == 6
+    for states, plan in plans:
+        queries = states[:, :, :5].double()  # the text of layer 2 repeats itself but for rounding
+        assert torch.equal(plan.position[:, :, :5], merge_plan(queries, 20).position)
 
 
 def test_repeated_frames_tie_alike_in_both_forms(make_student: Callable[..., Student]) -> None:
