@@ -247,6 +247,7 @@ def _paper_decode(*, max_new_tokens: int, length_penalty: float, max_prompt_toke
         max_new_tokens=max_new_tokens,
         repetition_penalty=1.5,
         length_penalty=length_penalty,
+        end_cut_answers=True,
         max_prompt_tokens=max_prompt_tokens,
     )
 

@@ -125,6 +125,7 @@ class StudentConfig(Config):
     memory_len: int = Field(20, ge=1)  # K; §4.2 "memory bank length is set to 20"
     max_frames: int = Field(120, ge=1)  # rows of PE (MA-LMM max_num_frames)
     pe: Literal["learned", "frozen_zero"] = "learned"  # D11
+    per_frame_pe: bool = False  # D96: whether the student per_frame adds PE(t); MA-LMM without banks does not
     spatial_std: float = Field(0.0, ge=0)  # of a fixed code per token place, beside PE(t); 0 = the paper (D53)
     train_ln_vision: bool = True  # D11
     evaluation: Literal["parallel", "reference", "lean"] = "parallel"  # D38: speed only, the results are equal
@@ -190,6 +191,7 @@ class DecodeConfig(Config):
     max_new_tokens: int = Field(4, ge=1)  # MA-LMM max_length 5, of which 4 are new (LVU); 9 for QA
     repetition_penalty: float = Field(1.5, gt=0)  # MA-LMM default, never overridden there
     length_penalty: float = 1.0  # MA-LMM: 1 for LVU, 0 for QA
+    end_cut_answers: bool = True  # D95: an answer cut off after n tokens is divided by n + 1, as if it ended (MA-LMM)
     max_prompt_tokens: int = Field(128, ge=1)  # MA-LMM max_txt_len
     closed_set: ClosedSetWays = ()  # D51: also rank the label set by likelihood, or decode labels only; beside exact
     batch_size: int = Field(16, ge=1)  # samples per generate call; speed only
