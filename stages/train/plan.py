@@ -87,21 +87,6 @@ class MergePlan:
         places = self.position, self.kept_slot, self.freed_slot, self.kept_row, self.freed_row, self.last_row
         return (*places, self.weight)
 
-    def starts(self, t: int) -> Int[Tensor, "k B N"]:
-        """First frame of every bank entry that step t reads, in order of time; an entry ends where the next starts.
-
-        This is the merge timeline: at step t the entries are [starts[i], starts[i + 1]), the last one ending at t.
-        """
-        shape = self.position.shape[1:]
-        order = torch.arange(min(t, self.max_len), device=self.position.device)[:, None, None]
-        starts = order.expand(-1, *shape).contiguous()
-        for j in range(max(0, t - self.max_len)):
-            # At the time of merge j the entries are K + 1: those of ``starts`` and frame K + j.
-            longer = F.pad(starts, (0, 0, 0, 0, 0, 1), value=self.max_len + j)
-            source = order + (order > self.position[j]).long()
-            starts = longer.gather(0, source)
-        return starts
-
 
 class PlanCache:
     """Plans of windows that look the same in every epoch, made once.

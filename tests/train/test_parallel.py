@@ -150,6 +150,16 @@ def test_gradient_through_the_banks_is_the_slope_of_the_loss(
         assert float(gradient.abs().max()) > 1e-6
 
 
+def starts(plan: MergePlan, t: int) -> torch.Tensor:
+    """First frame of every bank entry that step t reads, in order of time [k, B, N], from the positions alone."""
+    order = torch.arange(min(t, plan.max_len))[:, None, None]
+    first = order.expand(-1, *plan.position.shape[1:])
+    for j in range(max(0, t - plan.max_len)):
+        longer = torch.cat([first, torch.full_like(first[:1], plan.max_len + j)])  # K + 1 at the time of merge j
+        first = longer.gather(0, order + (order > plan.position[j]).long())
+    return first
+
+
 def test_the_plan_tells_the_entries_of_every_bank(features: Callable[..., torch.Tensor]) -> None:
     f = features(2, 9)
     plan, bank = merge_plan(f.transpose(0, 1), 3), MemoryBank.empty(3)
@@ -157,9 +167,9 @@ def test_the_plan_tells_the_entries_of_every_bank(features: Callable[..., torch.
         if t:
             assert bank.values is not None
             assert bank.sizes is not None
-            starts = plan.starts(t).transpose(0, 1)  # [B, k, N]
-            ends = torch.cat([starts[:, 1:], torch.full_like(starts[:, :1], t)], 1)
-            assert torch.equal((ends - starts).double(), bank.sizes)
+            first = starts(plan, t).transpose(0, 1)  # [B, k, N]
+            ends = torch.cat([first[:, 1:], torch.full_like(first[:, :1], t)], 1)
+            assert torch.equal((ends - first).double(), bank.sizes)
             assert torch.equal(
                 bank.slots_followed_by(f[:, t]).flatten(1).sort(1).values[:, -1], torch.tensor([min(t, 3)] * 2)
             )
