@@ -35,13 +35,17 @@ _ours: set[Path] = set()  # partial files this process is working on
 
 
 def _host() -> str:
-    """This machine, or this container: where the numbers of processes mean the same."""
+    """Where the numbers of processes mean the same: this boot of this machine, in this container.
+
+    The name alone would not do: containers on different machines often share one.
+    """
     name = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "localhost"
     try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:13]
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:  # no Linux
         return name
-    return name if namespace == _FIRST_NAMESPACE else f"{name}-{namespace[5:-1]}"
+    return f"{name}-{boot}" if namespace == _FIRST_NAMESPACE else f"{name}-{boot}-{namespace[5:-1]}"
 
 
 HOST = _host()
@@ -281,13 +285,8 @@ def publish(partial: Path, final: StorePath) -> bool:
 
 
 def _upload(partial: Path, final: ObjectPath, replaced: str) -> bool:
-    from cache_schema import copies
-
     try:
-        e_tag = final.exchange(partial, replaced) if replaced else final.create(partial)
-        if e_tag is not None:
-            copies.adopt(partial, final.pinned(e_tag))
-        return e_tag is not None
+        return (final.exchange(partial, replaced) if replaced else final.create(partial)) is not None
     finally:
         discard(partial)
 
@@ -315,6 +314,21 @@ def replace(partial: Path, final: StorePath) -> bool:
         discard(partial)
     sync_folder(final.parent)
     return True
+
+
+def publish_or_replace(partial: Path, final: StorePath) -> None:
+    """Give a finished, flushed partial file its name, whatever bears it now; readers see the old or the new."""
+    if isinstance(final, ObjectPath):
+        try:
+            final = final.pinned(final.head()[1])
+        except FileNotFoundError:
+            publish(partial, final)
+        else:
+            replace(partial, final)  # in the place of this very version: what another writer put there is as good
+    elif os.path.lexists(final):
+        replace(partial, final)
+    else:
+        publish(partial, final)
 
 
 def replace_bytes(final: StorePath, data: bytes) -> bool:

@@ -1,20 +1,16 @@
 """Frames out of an object store: neighbouring frames in one GET, several GETs at a time, every checksum checked.
 
-What came over a network or from a local copy is always checked. A shard of a store on a local disk never comes here.
+What came over a network is always checked. A shard of a store on a local disk never comes here.
 """
 
 from __future__ import annotations
-
-import os
 
 import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache_schema import copies
-from cache_schema.errors import CacheCorrupt
 from cache_schema.objects import RANGE, ObjectPath
-from cache_schema.shard import Layout, Shard, pread
+from cache_schema.shard import Layout, Shard
 
 GAP = 1 << 20  # bytes that are read and dropped rather than asked around: 10 ms at 100 MB/s, less than one more request
 
@@ -29,8 +25,6 @@ def read_slots(layout: Layout, shard: Shard, slots: npt.NDArray[np.int64], rows:
     """
     if not isinstance(shard.file, ObjectPath):
         raise AssertionError("a shard of an object store")
-    if _from_copy(layout, shard, shard.file, slots, rows):
-        return None
     order = np.argsort(slots, kind="stable")
     wanted, first = np.unique(slots[order], return_index=True)
     positions = dict(zip(wanted.tolist(), np.split(order, first[1:]), strict=True))  # slot -> rows that want it
@@ -55,27 +49,3 @@ def _spans(layout: Layout, slots: npt.NDArray[np.int64]) -> list[list[int]]:
         else:
             spans.append([slot])
     return spans
-
-
-def _from_copy(layout: Layout, shard: Shard, file: ObjectPath, slots: npt.NDArray[np.int64], rows: Rows) -> bool:
-    """Read from the local copy, where copies are kept. False when there is none or a frame in it is damaged."""
-    size = shard.identity[1]
-    descriptor = copies.open_copy(file, size, lambda descriptor: check_frames(layout, shard, descriptor))
-    if descriptor is None:
-        return False
-    try:
-        for row, slot in zip(rows, slots.tolist(), strict=True):
-            got = os.preadv(descriptor, [row.data], slot * layout.stride)
-            if got != layout.frame_bytes or crc32c(row.data) != shard.crcs[slot]:
-                copies.drop(file, size)
-                return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def check_frames(layout: Layout, shard: Shard, descriptor: int) -> None:
-    """Raise CacheCorrupt unless every frame in this file fits its checksum in the shard's footer."""
-    for slot in np.flatnonzero(shard.present).tolist():
-        if crc32c(pread(descriptor, layout.frame_bytes, slot * layout.stride)) != shard.crcs[slot]:
-            raise CacheCorrupt.of_shard(shard.file, f"has a damaged frame in slot {slot}", kind="frame")

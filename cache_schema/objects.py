@@ -39,14 +39,6 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class LocalCopies:
-    """Where whole shards are kept on a local disk, and how many bytes of them (``cache_schema.copies``)."""
-
-    folder: Path
-    budget: int
-
-
-@dataclass(frozen=True)
 class ObjectPath:
     """``scheme://bucket/key``, with the part of a Path's interface that the cache needs. Holds no credentials.
 
@@ -57,7 +49,6 @@ class ObjectPath:
     bucket: str
     key: str
     root: str = field(compare=False, repr=False)
-    local: LocalCopies | None = field(default=None, compare=False, repr=False)
     e_tag: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -163,10 +154,7 @@ class ObjectPath:
         return os.dup(_snapshot(self.pinned(e_tag), e_tag, size).fileno())
 
     def scratch(self) -> Path:
-        """The local folder where shards lie before they are uploaded: that of the copies, else below TMPDIR."""
-        if self.local is not None:
-            self.local.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return self.local.folder
+        """The local folder where shards lie before they are uploaded, below TMPDIR."""
         folder = Path(tempfile.gettempdir()) / f"diff-lmm-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -379,14 +367,14 @@ def _content(file: Path) -> bytes | mmap.mmap:
 StorePath = Path | ObjectPath
 
 
-def locate(store: str | os.PathLike[str] | ObjectPath, local: LocalCopies | None = None) -> StorePath:
+def locate(store: str | os.PathLike[str] | ObjectPath) -> StorePath:
     """A folder, or ``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``.
 
     Raises:
         ValueError: another kind of URL, or one with credentials or options in it; what it holds is not repeated.
     """
     if isinstance(store, ObjectPath):
-        return replace(store, local=local) if local else store
+        return store
     match = _URL.match(os.fspath(store))
     if match is None:
         return Path(store)
@@ -407,7 +395,7 @@ def locate(store: str | os.PathLike[str] | ObjectPath, local: LocalCopies | None
             "not a usable cache URL: a bucket of letters, digits and .-_, then names without control characters or "
             "doubled slashes.\nExample:  s3://bucket/lvu/features"
         )
-    return ObjectPath(scheme, bucket, key, root=f"{scheme}://{rest}", local=local)
+    return ObjectPath(scheme, bucket, key, root=f"{scheme}://{rest}")
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""What lies in a store and is no part of it: partial files and claims of dead processes, and files of nobody.
+"""What lies in a store and is no part of it: partial files of dead processes, and files of nobody.
 
 Finding writes nothing. What a living process may still need is never removed, and neither is a file whose origin is
 unknown unless the caller says so: it may be somebody's notes, or a shard whose plan was lost.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_schema import claims, files, metadata
+from cache_schema import files, metadata
 from cache_schema.objects import ObjectPath, StorePath
 from cache_schema.planfile import is_columns, is_generation
 from cache_schema.store import FeatureStore
@@ -22,7 +22,7 @@ class Orphan:
     """One file or folder. ``why`` says whose it is, ``dead`` that nobody can need it any more."""
 
     path: StorePath
-    kind: str  # "partial", "claim", "unplanned"
+    kind: str  # "partial", "unplanned"
     why: str
     dead: bool
     bytes: int
@@ -46,18 +46,11 @@ def find(store: StorePath, *, dead_hosts: Collection[str] = frozenset()) -> list
 def _look(store: StorePath, dead_hosts: Collection[str]) -> list[Orphan]:
     found: list[Orphan] = []
     modalities = metadata.list_modalities(store)
-    arrays = {store / modality for modality in modalities}
     folders = {store, store / "plan", *(store / part for modality in modalities for part in metadata.path_to(modality))}
     for folder in folders:
         for path, host, dead in files.partials(folder):
             why = f"a writer on {host} that is gone" if dead or host in dead_hosts else f"a writer on {host}"
             found.append(Orphan(path, "partial", why, dead or host in dead_hosts, _size(path)))
-    for array in arrays:
-        for path, reason in claims.found(array):
-            host = str(claims.holder_of(path).get("host", "?"))
-            gone = bool(reason) or host in dead_hosts
-            why = f"an extraction on {host}" + " that is gone" * gone
-            found.append(Orphan(path, "claim", why, gone, _size(path)))
     known = {orphan.path for orphan in found}
     for path in _strangers(store, modalities):
         if path not in known:

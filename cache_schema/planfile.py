@@ -31,6 +31,11 @@ def is_columns(name: str) -> bool:
     return _COLUMNS.match(name) is not None
 
 
+def generations(store: StorePath) -> list[str]:
+    """Names of the growths in the ``plan`` folder of a store, oldest first."""
+    return sorted(name for name in files.names_in(store / "plan") if is_generation(name))
+
+
 class PlanFiles:
     """``plan/000000.json``, ``plan/000001.json``, …: what was read of them, and how the next one is added."""
 
@@ -99,8 +104,7 @@ class PlanFiles:
     def check_complete(self) -> None:
         """Raise CacheCorrupt when a generation is missing below one that exists."""
         files.refuse_links(self._file(0), self.folder.parent)
-        names = (name for name in files.names_in(self.folder) if is_generation(name))
-        for number, name in enumerate(sorted(names)):
+        for number, name in enumerate(generations(self.folder.parent)):
             if name != f"{number:06d}.json":
                 file = self._file(number)
                 raise CacheCorrupt(f"{file} is missing, but {name} exists: restore it", file=file, kind="plan")

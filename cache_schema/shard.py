@@ -26,7 +26,6 @@ from cache_schema.errors import CacheCorrupt
 from cache_schema.metadata import FORMAT_VERSION, ArrayInfo, newer_format
 from cache_schema.objects import ObjectPath, StorePath
 from cache_schema.plan import Part, from_runs, to_runs
-from cache_schema.stats import Moments
 
 MAGIC = b"DLMMSHRD"
 TRAILER = struct.Struct("<8sIQQI")  # magic, format version, footer bytes, file bytes, crc32c of footer and the rest
@@ -70,11 +69,6 @@ class Layout:
     def index_bytes(self) -> int:
         """Size of Zarr's shard index with its checksum."""
         return 16 * self.info.shard_frames + 4
-
-    @functools.cached_property
-    def has_stats(self) -> bool:
-        """Whether footers carry mean and M2 of every element: only where a frame is small."""
-        return self.frame_bytes <= LARGE_FRAME and not self.is_int8
 
     @functools.cached_property
     def dtype(self) -> np.dtype[Any]:
@@ -175,12 +169,10 @@ class ShardWriter:
         self._part: Part | None = None
         self._crcs: list[int] = []
         self._on_its_way = 0  # bytes that the system was asked to bring to disk
-        shape = layout.info.spec.frame_shape
-        self._moments = self._moments_before = Moments.zero(shape)
 
     def begin(self, part: Part) -> None:
         """Start the frames of the next part; parts come in slot order."""
-        self._part, self._crcs, self._moments_before = part, [], self._moments
+        self._part, self._crcs = part, []
 
     def append(self, frames: Array) -> None:
         """Write stored frames [b, *row_shape] at the next slots of the current part."""
@@ -193,8 +185,6 @@ class ShardWriter:
             start = (part.slot + len(self._crcs)) * self.layout.stride
             self._crcs.append(crc32c(raw))
             files.pwrite(descriptor, raw, start)
-            if self.layout.has_stats:
-                self._moments = self._moments.plus_frame(frame)
         written = (part.slot + len(self._crcs)) * self.layout.stride
         if written - self._on_its_way >= FLUSH_BYTES:
             files.start_flush(descriptor, self._on_its_way, written)
@@ -215,7 +205,6 @@ class ShardWriter:
         if self._created:
             os.ftruncate(self._open(), self._data_bytes())
             self._on_its_way = min(self._on_its_way, self._data_bytes())
-        self._moments = self._moments_before
         reason = reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 1] + "…"
         self._add(Record(part.segment.video_id, part.slot, part.frame_index, False, kind, reason))
 
@@ -246,12 +235,11 @@ class ShardWriter:
 
     def _footer(self, data_bytes: int) -> dict[str, object]:
         # Nothing here may depend on when, where or in how many attempts the shard was made.
-        document: dict[str, object] = {
+        return {
             **_identity(self.layout, self.shard),
             "data_bytes": data_bytes,
             "segments": [record.to_json() for record in self._records],
         }
-        return {**document, "stats": self._moments.to_json()} if self.layout.has_stats else document
 
     def _data_bytes(self) -> int:
         return used_slots(self._records) * self.layout.stride
@@ -407,7 +395,7 @@ def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | Non
 
 
 def read_footer(layout: Layout, file: StorePath) -> dict[str, object]:
-    """The whole footer of a shard, facts and statistics included. Raises FileNotFoundError, CacheCorrupt."""
+    """The whole footer of a shard, facts included. Raises FileNotFoundError, CacheCorrupt."""
     with _opened(file, layout) as (file, read, identity):
         return _read_footer(file, layout, read, identity[1])[0]
 
@@ -427,16 +415,6 @@ def _entries(file: StorePath, document: Mapping[str, object]) -> list[Entry]:
         if not isinstance(entries, list):
             raise ValueError("segments is not a list")
         return [checked_entry(entry) for entry in entries]
-    except ValueError as error:
-        raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
-
-
-def read_stats(layout: Layout, file: StorePath) -> Moments:
-    """Count, mean and M2 over a shard's frames. Raises FileNotFoundError, CacheCorrupt."""
-    try:
-        return Moments.from_json(read_footer(layout, file).get("stats"), layout.info.spec.frame_shape)
-    except CacheCorrupt:
-        raise
     except ValueError as error:
         raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
 

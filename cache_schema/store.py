@@ -17,31 +17,19 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache_schema import claims, files, metadata, reading, write
+from cache_schema import files, metadata, reading
 from cache_schema.connections import ObjectChanged, concurrently
-from cache_schema.errors import CacheError, CacheMismatch, CacheMissing, SegmentFailed
+from cache_schema.errors import CacheError, CacheMismatch, CacheMissing
 from cache_schema.index import STATUS, index_arrays, write_index
 from cache_schema.object_reads import read_slots
 from cache_schema.objects import MAX_SHARD_OBJECT, ObjectPath, StorePath, locate
 from cache_schema.plan import Plan, Segment, Task, as_frames
 from cache_schema.planfile import PlanFiles
 from cache_schema.quantize import ChannelScale
-from cache_schema.report import Missing, TaskReport, VideoStatus
-from cache_schema.shard import Layout, Record, Shard, identity_now, read_records, read_shard, read_stats
+from cache_schema.report import Missing, VideoStatus
+from cache_schema.shard import Layout, Record, Shard, identity_now, read_records, read_shard
 from cache_schema.spec import FeatureSpec
-from cache_schema.stats import FeatureStats, Moments
-from cache_schema.write import SegmentResult, frame_corrupt, write_tasks_together
-
-__all__ = [
-    "FeatureStats",
-    "FeatureStore",
-    "Missing",
-    "SegmentFailed",
-    "SegmentResult",
-    "TaskReport",
-    "VideoStatus",
-    "write_tasks_together",
-]
+from cache_schema.write import frame_corrupt
 
 Array = npt.NDArray[Any]
 FrameIndex = Sequence[int] | npt.NDArray[np.integer]
@@ -131,7 +119,6 @@ class FeatureStore:
             opened = cls.open(store, modality, spec, help_command=help_command)
             for folder in (store, store / "plan", *(store / part for part in metadata.path_to(modality))):
                 files.sweep(folder)
-            claims.sweep(opened.layout.info.folder)
             if isinstance(store, ObjectPath):
                 files.sweep(store.scratch())
             metadata.grow_array(opened.layout.info, opened.plan.num_shards)
@@ -479,39 +466,7 @@ class FeatureStore:
                 return dict(next(r.facts for r in told[1] if r.video_id == video_id))
         raise CacheMissing(f"{self.path}/{self.modality} holds nothing of video {video_id!r}.\nExtract with:")
 
-    @_with_help
-    def stats(self) -> FeatureStats:
-        """Mean and variance of every element over all committed frames, from the shard footers alone.
-
-        Raises:
-            ValueError: the frames are too large for footers to hold statistics (CLIP tokens).
-            CacheMissing: no frame is committed.
-        """
-        if not self.layout.has_stats:
-            raise ValueError(f"{self.modality!r} has no statistics: its frames are {self.layout.frame_bytes} bytes")
-        moments = Moments.zero(self.spec.frame_shape)
-        for shard in self.shards(range(self.plan.num_shards)).values():
-            if shard is not None:
-                moments = moments.plus(read_stats(self.layout, shard.file))
-        if not moments.count:
-            raise CacheMissing(f"{self.path}/{self.modality} holds no frame yet.\nExtract with:")
-        return FeatureStats(moments.count, moments.mean, moments.m2 / moments.count)
-
-    # --- numbers in
-
-    @_with_help
-    def write_task(self, task: Task, produce: Callable[[Segment], SegmentResult[Array]]) -> TaskReport:
-        """Write the shards of one task of ``plan.tasks()`` and commit them; nothing is done when that was done before.
-
-        ``produce`` is called for one video at a time. A ``SegmentFailed`` from it or its iterator, or a non-finite
-        feature, marks that video as failed; the shard is committed all the same. Any other error ends the task with
-        nothing published. A task with ``retry`` set copies the good videos and produces only the failed ones.
-
-        Raises:
-            ValueError: ``produce`` gave a wrong dtype, shape or number of frames, or facts that are not JSON.
-            OSError: the disk is full or not writable; the partial files are gone and what was committed is unharmed.
-        """
-        return write.write_single(self, task, produce)
+    # --- the index
 
     @_with_help
     def finalize(self) -> None:

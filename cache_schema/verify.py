@@ -185,23 +185,28 @@ def _source(
 
 
 def _frames(store: FeatureStore, number: int, shard: Shard) -> Iterator[Problem]:
-    layout = store.layout
-    used = int(np.flatnonzero(shard.present)[-1]) + 1 if shard.present.any() else 0
     descriptor = files.open_regular(shard.file)
     try:
-        for slot in range(used):
-            raw = memoryview(pread(descriptor, layout.stride, slot * layout.stride))
-            frame_bytes = layout.frame_bytes if shard.present[slot] else 0
-            if frame_bytes and crc32c(raw[:frame_bytes]) != shard.crcs[slot]:
-                record = shard.record_at(slot)
-                frame = record.frame_index[slot - record.slot]
-                message = f"{shard.file}: frame {frame} of video {record.video_id!r} does not fit its crc32c"
-                yield Problem(number, record.video_id, frame, "frame", message)
-            if np.frombuffer(raw[frame_bytes:], np.uint8).any():
-                message = f"{shard.file}: the unused bytes of slot {slot} are not zero"
-                yield Problem(number, None, None, "padding", message)
+        yield from problems_of_frames(store, number, shard, descriptor)
     finally:
         os.close(descriptor)
+
+
+def problems_of_frames(store: FeatureStore, number: int, shard: Shard, descriptor: int) -> Iterator[Problem]:
+    """Every frame against its crc32c, and every byte between frames against zero, in an open file of the shard."""
+    layout = store.layout
+    used = int(np.flatnonzero(shard.present)[-1]) + 1 if shard.present.any() else 0
+    for slot in range(used):
+        raw = memoryview(pread(descriptor, layout.stride, slot * layout.stride))
+        frame_bytes = layout.frame_bytes if shard.present[slot] else 0
+        if frame_bytes and crc32c(raw[:frame_bytes]) != shard.crcs[slot]:
+            record = shard.record_at(slot)
+            frame = record.frame_index[slot - record.slot]
+            message = f"{shard.file}: frame {frame} of video {record.video_id!r} does not fit its crc32c"
+            yield Problem(number, record.video_id, frame, "frame", message)
+        if np.frombuffer(raw[frame_bytes:], np.uint8).any():
+            message = f"{shard.file}: the unused bytes of slot {slot} are not zero"
+            yield Problem(number, None, None, "padding", message)
 
 
 def _absent(store: FeatureStore, number: int, *, deleted: bool) -> Problem:

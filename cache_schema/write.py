@@ -39,8 +39,8 @@ class SegmentResult(Generic[Batch]):
     """What a producer gives for one segment.
 
     Attributes:
-        features: batches in the order of ``segment.frame_index``: arrays [b, *frame_shape] (``write_task``), or
-            mappings modality -> array (``write_tasks_together``). May raise ``SegmentFailed``.
+        features: batches in the order of ``segment.frame_index``: mappings modality -> array [b, *frame_shape].
+            May raise ``SegmentFailed``.
         facts: called after the last batch; a JSON object about the source that is stored in the footer. It must not
             depend on when or where it runs.
     """
@@ -49,34 +49,23 @@ class SegmentResult(Generic[Batch]):
     facts: Callable[[], Mapping[str, object]] = field(default=_no_facts)
 
 
-def write_single(store: FeatureStore, task: Task, produce: Callable[[Segment], SegmentResult[Array]]) -> TaskReport:
-    """``write_tasks_together`` for one store whose producer gives bare arrays."""
-
-    def produce_named(segment: Segment) -> SegmentResult[Mapping[str, Array]]:
-        result = produce(segment)
-        return SegmentResult(_named(store.modality, result.features), result.facts)
-
-    return write_tasks_together({store.modality: store}, task, produce_named)[store.modality]
-
-
-def _named(modality: str, features: Iterator[Array]) -> Iterator[Mapping[str, Array]]:
-    try:
-        for batch in features:
-            yield {modality: batch}
-    finally:
-        close_features(features)
-
-
-def write_tasks_together(
+def write_task(
     stores: Mapping[str, FeatureStore],
     task: Task,
     produce: Callable[[Segment], SegmentResult[Mapping[str, Array]]],
 ) -> dict[str, TaskReport]:
-    """Write one task of several modalities of one store from one pass of a producer.
+    """Write the shards of one task of ``plan.tasks()`` in these modalities of one store, and commit them.
+
+    ``produce`` is called for one video at a time. A ``SegmentFailed`` from it or its iterator, or a non-finite feature,
+    marks that video as failed; the shard is committed all the same. Any other error ends the task with nothing
+    published. A task with ``retry`` set copies the good videos and produces only the failed ones.
 
     Each modality commits for itself: one that is already committed is left alone (extra keys in a batch are ignored),
-    and a non-finite feature fails the video only where it occurs. The bytes are those that ``write_task`` would write
-    for each modality alone. Errors are those of ``FeatureStore.write_task``.
+    and a non-finite feature fails the video only where it occurs.
+
+    Raises:
+        ValueError: ``produce`` gave a wrong dtype, shape or number of frames, or facts that are not JSON.
+        OSError: the disk is full or not writable; the partial files are gone and what was committed is unharmed.
     """
     writers: dict[str, _ModalityWriter] = {}
     try:

@@ -82,6 +82,21 @@ def show_gc(result: Result) -> None:
         say("What belongs to a machine that is gone for good goes with --host NAME.")
 
 
+def show_copy(result: Result) -> None:
+    """Shards per modality, and those that were not copied because they are damaged."""
+    shown = new_table("modality", "to copy" if result["dry_run"] else "copied", "there before", "size")
+    for part in result["modalities"]:
+        shown.add_row(part["modality"], cell(part["copied"]), cell(part["present"]), size(part["bytes"]))
+    show_table(f"Shards of {result['from']} for {result['to']}:", shown)
+    say_all([f"not copied: {message}" for message in result["damaged"]])
+    if result["damaged"]:
+        say("What to do:")
+        for command in result["next"]:
+            to_type(command)
+    elif not any(part["copied"] for part in result["modalities"]):
+        say("every shard is there; nothing to do")
+
+
 def show_inspect(result: Result) -> None:
     """One table a modality."""
     for part in result["modalities"]:

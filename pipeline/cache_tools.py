@@ -19,6 +19,7 @@ import numpy as np
 
 from cache_schema import export as exports
 from cache_schema import metadata, orphans, verify
+from cache_schema.copy import copy_store
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMissing
 from cache_schema.objects import StorePath
 from cache_schema.repair import Produce, repair_shard
@@ -375,7 +376,7 @@ def _look(options: Options) -> Iterator[Callable[[str], SourceFile | None]]:
 
 
 def collect_garbage(options: Options, *, dead_hosts: Collection[str], unplanned: bool, dry_run: bool) -> dict[str, Any]:
-    """Partial files and claims of dead processes, and with ``unplanned`` what nobody planned."""
+    """Partial files of dead processes, and with ``unplanned`` what nobody planned."""
     options.stores()  # refuses a folder that is no store
     found = orphans.find(options.cache, dead_hosts=dead_hosts)
     listed = []
@@ -390,6 +391,25 @@ def collect_garbage(options: Options, *, dead_hosts: Collection[str], unplanned:
         "orphans": listed,
         "removed": sum(entry["removed"] for entry in listed),
         "bytes": sum(entry["bytes"] for entry in listed if entry["removed"]),
+        "dry_run": dry_run,
+    }
+
+
+def copy(source: StorePath, target: StorePath, *, dry_run: bool, progress: OnProgress) -> dict[str, Any]:
+    """Every committed shard of a store that the destination lacks, checked on its way."""
+    if str(source) == str(target):
+        raise ConfigError(f"{source} cannot be copied onto itself; name another folder or URL")
+    results = copy_store(source, target, dry_run=dry_run, progress=progress)
+    damaged = [message for result in results for message in result.damaged]
+    return {
+        "from": str(source),
+        "to": str(target),
+        "modalities": [
+            {"modality": r.modality, "copied": r.copied, "present": r.present, "bytes": r.bytes} for r in results
+        ],
+        "bytes": sum(result.bytes for result in results),
+        "damaged": damaged,
+        "next": [shlex.join(["pipeline", "cache", "verify", "--full", "--cache", str(source)])] if damaged else [],
         "dry_run": dry_run,
     }
 

@@ -45,6 +45,7 @@ def extract(
     cache: StorePath,
     workers: int,
     retry_failed: bool,
+    part: tuple[int, int] = (1, 1),
     splits: Sequence[str],
     device: str,
     dry_run: bool,
@@ -64,10 +65,11 @@ def extract(
     if not wanted:
         raise ConfigError(f"data.videos={config.data.videos!r} and data.annotations name no video")
     job = make_job(config, which=which, cache=cache, device=device)
-    report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
-    failed, missing = report.failures, set(report.missing)
+    report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, part=part, progress=progress)
+    failed, untried = report.failures, {*report.missing, *report.elsewhere}
+    missing = set(report.missing)
     per_split = {name: dataset.wanted([name]) for name in (list(splits) or dataset.splits)} or {"all": wanted}
-    status = {video: failed.get(video) for video in wanted if video not in missing}
+    status = {video: failed.get(video) for video in wanted if video not in untried}
     covered = coverage(per_split, has=lambda video: video not in missing, status=status)
     return report.to_json() | {
         "coverage": {name: part.to_json() for name, part in covered.items()},

@@ -54,8 +54,19 @@ def show_extraction(result: Result) -> None:
     say_all([f"failed: {failure['video']}: {failure['reason']}" for failure in failures])
     if failures:
         say("Once they are mended, the same command with --retry-failed tries these videos again.")
-    if result["skipped"] == result["videos"]:
+    number, parts = result.get("part", (1, 1))
+    if parts > 1:
+        say(_other_parts(number, parts, result["other_parts_lack"], complete=not failures))
+    elif result["skipped"] == result["videos"]:
         say(f"{result['skipped']} of {result['videos'] + result['failed']} videos cached; nothing to do")
+
+
+def _other_parts(number: int, parts: int, lacking: int, *, complete: bool) -> str:
+    other = "1 other part" if parts == 2 else f"{parts - 1} other parts"
+    videos = "1 video" if lacking == 1 else f"{lacking} videos"
+    are, lack = ("is", "lacks") if parts == 2 else ("are", "lack")
+    what = f"{other} still {lack} {videos}" if lacking else f"so {are} {other}"
+    return f"part {number} of {parts} is {'complete' if complete else 'finished, with failures'}; {what}"
 
 
 def show_training(result: Result) -> None:

@@ -145,7 +145,7 @@ def gc(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Remove what dead processes left: partial files and claims."""
+    """Remove the partial files that dead processes left."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
 
@@ -169,6 +169,26 @@ def inspect(
         from pipeline import cache_tools
 
         tell(cache_tools.inspect(_options(preset, sets, cache), video), cache_results.show_inspect, as_json=as_json)
+
+
+@app.command("copy", epilog="Example:  pipeline cache copy s3://bucket/lvu cache/lvu")
+def copy(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A feature store: a folder or s3://….")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="A new place, or a copy that is not complete.")],
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Copy a store between folders and object stores. Every shard is verified; the same command resumes."""
+    with guard(debug=debug, as_json=as_json):
+        from cache_schema.objects import locate
+        from pipeline import cache_tools
+
+        with Progress() as progress:
+            result = cache_tools.copy(locate(source), locate(target), dry_run=dry_run, progress=progress)
+        tell(result, cache_results.show_copy, as_json=as_json)
+        if result["damaged"]:
+            raise typer.Exit(CACHE)
 
 
 @app.command("export", epilog="Example:  pipeline cache export --out tars --modality pooled/layer8")

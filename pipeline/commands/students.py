@@ -26,8 +26,6 @@ def train_student(
     preset: options.Preset = "miniature",
     sets: options.Set = None,
     cache: options.Cache = None,
-    cache_local: options.Local = None,
-    cache_local_budget: options.Budget = "50GB",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")
     ] = None,
@@ -44,7 +42,7 @@ def train_student(
     with guard(debug=debug, as_json=as_json):
         room = [] if memory is None else [f"train.memory={memory}", "train.micro_batch=0"]
         config = config_of(preset, [*(sets or []), *room])
-        place = place_of(cache, config, cache_local, cache_local_budget)
+        place = place_of(cache, config)
         compose = load_compose(dry_run=dry_run)
         with Progress() as progress:
             result = compose.train(
@@ -67,8 +65,6 @@ def evaluate(
     ] = "",
     sets: options.Set = None,
     cache: options.Cache = None,
-    cache_local: options.Local = None,
-    cache_local_budget: options.Budget = "50GB",
     run: options.Run = None,
     split: options.Split = "test",
     checkpoint: options.Checkpoint = None,
@@ -81,7 +77,7 @@ def evaluate(
     with guard(debug=debug, as_json=as_json):
         run = run or Path("runs") / (preset or "miniature")
         config, changed = _config_of_run(run, preset, sets)
-        place = place_of(cache, config, cache_local, cache_local_budget)
+        place = place_of(cache, config)
         compose = load_compose(dry_run=dry_run)
         with Progress() as progress:
             result = compose.evaluate(
@@ -112,8 +108,6 @@ def baselines(
     preset: options.Preset = "miniature",
     sets: options.Set = None,
     cache: options.Cache = None,
-    cache_local: options.Local = None,
-    cache_local_budget: options.Budget = "50GB",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where they are kept. [default: runs/PRESET-baselines]")
     ] = None,
@@ -128,7 +122,7 @@ def baselines(
     """Majority class and probes on the cached features: what a student has to beat. Runs on the CPU."""
     with guard(debug=debug, as_json=as_json):
         config = config_of(preset, sets)
-        place = place_of(cache, config, cache_local, cache_local_budget)
+        place = place_of(cache, config)
         load_compose(dry_run=dry_run)
         from pipeline.baselines import baselines as run_baselines
 

@@ -2,8 +2,8 @@
 
 One task is one shard, or the shards of one long video. It is a pure function of (job, task) and publishes by itself,
 so it does not matter who runs it, how often, or in what order; a task that somebody else finished does nothing.
-Workers return a small report, never features. How a task is worked off is in conveyor.py. Several extractions of one
-store share its tasks by claims (cache_schema/claims.py), so that none is done twice.
+Workers return a small report, never features. How a task is worked off is in conveyor.py. Several jobs divide the tasks
+of one store without talking: ``part=(3, 8)`` takes every eighth task of the plan, from the third on.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from cache_schema.errors import SegmentFailed
 from cache_schema.objects import StorePath
-from cache_schema.plan import Segment, Task
+from cache_schema.plan import Plan, Segment, Task
 from cache_schema.quantize import LIMIT, ChannelScale, calibrate
 from cache_schema.spec import FeatureSpec
-from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult
+from cache_schema.store import FeatureStore
+from cache_schema.write import SegmentResult
 from stages.config import PipelineConfig
 from stages.data.frames import open_source
 from stages.extract.conveyor import make_features, run_tasks
@@ -34,7 +36,6 @@ CALIBRATION_VIDEOS, CALIBRATION_FRAMES = 50, 200  # of int8, see cache_schema.qu
 TASKS_AHEAD = 2  # queued per Dask worker: enough to keep it busy, few enough that nothing is stolen and run twice
 # Of glibc. Dask has its workers give all freed memory back; the next batch of an encoder then takes it anew.
 KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": 1 << 40, "MALLOC_TOP_PAD_": 64 << 20, "MALLOC_MMAP_MAX_": 0}
-PAUSE_S = 1.0  # before asking again for a task that another extraction has claimed
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class ExtractionReport:
     skipped: int = 0  # of videos: those that were cached before
     failures: dict[str, str] = field(default_factory=dict)  # video -> reason
     missing: tuple[str, ...] = ()  # asked for, but the source has nothing under the id
+    elsewhere: tuple[str, ...] = ()  # asked for, but only other parts' tasks hold frames of it
+    lacking: int = 0  # of those: not in the cache yet
+    part: tuple[int, int] = (1, 1)
     clamped: int = 0  # frames past the end of a video, answered with its last one
     seconds: float = 0.0
 
@@ -80,6 +84,8 @@ class ExtractionReport:
             "skipped": self.skipped,
             "failures": [{"video": video, "reason": reason} for video, reason in sorted(failures.items())],
             "missing": len(self.missing),
+            "part": list(self.part),
+            "other_parts_lack": self.lacking,
             "clamped_frames": self.clamped,
             "seconds": round(self.seconds, 3),
         }
@@ -176,13 +182,10 @@ def _calibrate(job: Job, modality: str) -> ChannelScale:
 
 
 def run_task(job: Job, task: Task) -> dict[str, int]:
-    """Extract one task and publish it (on a Dask worker); returns counts only.
-
-    ``busy`` is 1 when another extraction has a part of it: the task is to be tried again.
-    """
+    """Extract one task and publish it (on a Dask worker); returns counts only."""
     source, encoders, stores = worker(job)
-    done = run_tasks([task], source, encoders, stores, batch_size=job.config.extract.batch_size)
-    return {"videos": len(task.segments), "frames": done.frames, "busy": len(done.busy)}
+    frames = run_tasks([task], source, encoders, stores, batch_size=job.config.extract.batch_size)
+    return {"videos": len(task.segments), "frames": frames}
 
 
 def features_of(job: Job, segment: Segment) -> SegmentResult[Mapping[str, np.ndarray]]:
@@ -202,6 +205,7 @@ def extract(
     *,
     workers: int = 0,
     retry_failed: bool = False,
+    part: tuple[int, int] = (1, 1),
     progress: Progress = lambda *_: None,
 ) -> ExtractionReport:
     """Bring every wanted frame into the cache; what is there already is not touched.
@@ -210,6 +214,7 @@ def extract(
         wanted: video -> sorted unique frame indices.
         workers: Dask worker processes; 0 runs in this process.
         retry_failed: try the quarantined videos again.
+        part: (i, n): only the tasks i, i + n, … of the plan; the other parts are left to other jobs.
         progress: called with (videos done, videos to do, name).
 
     Raises:
@@ -228,15 +233,18 @@ def extract(
         stores = list(open_stores(job, engine.specs()).values())
         if present:
             stores[0].extend_plan(present)
+        everything, present = present, _of_part(stores[0].plan, present, part)
         before = set(present) - set(_gaps(stores, present))
-        tasks = _pending(stores, present, retry_failed=retry_failed)
+        tasks = _pending(stores, present, part, retry_failed=retry_failed)
         engine.run(tasks, progress)
         stores[0].finalize()
-    report = ExtractionReport(missing=missing, seconds=time.monotonic() - started)
+    report = ExtractionReport(missing=missing, part=part, seconds=time.monotonic() - started)
     for video, gap in _gaps(stores, present).items():
         report.failures[video] = gap
+    others = {video: frames for video, frames in everything.items() if video not in present}
+    report.elsewhere, report.lacking = tuple(others), len(_gaps(stores, others))
     done = [video for video in present if video not in report.failures]
-    report.videos, report.frames = len(wanted), sum(len(present[video]) for video in done)
+    report.videos, report.frames = len(present) + len(missing), sum(len(present[video]) for video in done)
     report.skipped = len(before & set(done))
     report.clamped = sum(_clamped(stores[0].facts(video)) for video in done)
     return report
@@ -256,11 +264,35 @@ def _clamped(facts: Mapping[str, object]) -> int:
     return count if isinstance(count, int) else 0
 
 
+def _tasks_of(plan: Plan, part: tuple[int, int]) -> tuple[Task, ...]:
+    """Every n-th task of the plan from the i-th on: jobs that never talk agree on who does which."""
+    number, parts = part
+    return plan.tasks()[number - 1 :: parts]
+
+
+def _of_part(plan: Plan, wanted: Mapping[str, Int[np.ndarray, " n"]], part: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The wanted frames that lie in the tasks of this part."""
+    if part == (1, 1):
+        return dict(wanted)
+    planned: dict[str, list[int]] = {}
+    for segment in (segment for task in _tasks_of(plan, part) for segment in task.segments):
+        planned.setdefault(segment.video_id, []).extend(segment.frame_index)
+    shares = {video: np.intersect1d(wanted[video], planned[video]) for video in wanted if video in planned}
+    return {video: frames for video, frames in shares.items() if len(frames)}
+
+
 def _pending(
-    stores: Sequence[FeatureStore], wanted: Mapping[str, Int[np.ndarray, " n"]], *, retry_failed: bool
+    stores: Sequence[FeatureStore],
+    wanted: Mapping[str, Int[np.ndarray, " n"]],
+    part: tuple[int, int],
+    *,
+    retry_failed: bool,
 ) -> list[Task]:
-    """Tasks that some store lacks and that hold a wanted video, in shard order, each once."""
+    """Tasks of this part that some store lacks and that hold a wanted video, in shard order, each once."""
     tasks = {task.shards: task for store in stores for task in store.pending(retry_failed=retry_failed)}
+    if part != (1, 1):
+        mine = {task.shards for task in _tasks_of(stores[0].plan, part)}
+        tasks = {shards: task for shards, task in tasks.items() if shards in mine}
     return [tasks[key] for key in sorted(tasks) if any(s.video_id in wanted for s in tasks[key].segments)]
 
 
@@ -268,7 +300,7 @@ class _Engine:
     """Runs tasks inline, or on a local Dask cluster of ``workers`` processes."""
 
     def __init__(self, job: Job, workers: int) -> None:
-        self.job, self.workers, self.rounds = job, workers, 0
+        self.job, self.workers = job, workers
 
     def __enter__(self) -> _Engine:
         if self.workers:
@@ -297,24 +329,18 @@ class _Engine:
         return specs_of(self.job)
 
     def run(self, tasks: Sequence[Task], progress: Progress) -> None:
-        """Run all, those that another extraction has claimed last; raises what a task raised."""
+        """Run all; raises what a task raised."""
         total = sum(len(task.segments) for task in tasks)
-        done = 0
-        while tasks:
 
-            def count(videos: int, name: str, before: int = done) -> None:
-                progress(min(before + videos, total), total, name)
+        def count(videos: int, name: str) -> None:
+            progress(min(videos, total), total, name)
 
-            self.rounds += 1
-            busy = self._on_workers(tasks, count) if self.workers else self._inline(tasks, count)
-            done = total - sum(len(task.segments) for task in busy)
-            if len(busy) == len(tasks):
-                progress(done, total, "waiting for another extraction")
-                time.sleep(PAUSE_S)
-            tasks = busy
+        if self.workers:
+            self._on_workers(tasks, count)
+        else:
+            self._inline(tasks, count)
 
-    def _inline(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> list[Task]:
-        """Run what is free in this process; returns the tasks of which another extraction has a part."""
+    def _inline(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> None:
         videos = 0
 
         def count(video: str) -> None:
@@ -323,37 +349,27 @@ class _Engine:
             progress(videos, video)
 
         source, encoders, stores = worker(self.job)
-        batch_size = self.job.config.extract.batch_size
-        return run_tasks(tasks, source, encoders, stores, batch_size=batch_size, on_video=count).busy
+        run_tasks(tasks, source, encoders, stores, batch_size=self.job.config.extract.batch_size, on_video=count)
 
-    def _on_workers(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> list[Task]:
-        """The same on the cluster."""
+    def _on_workers(self, tasks: Sequence[Task], progress: Callable[[int, str], None]) -> None:
         from distributed import as_completed
 
-        waiting, running, busy, videos = iter(tasks), {}, [], 0
+        waiting, videos = iter(tasks), 0
         futures = as_completed(with_results=True)
 
         def submit(count: int) -> None:
             for task in _take(waiting, count):
-                future = self._submit(task)
-                running[future.key] = task
-                futures.add(future)
+                futures.add(self._submit(task))
 
         submit(TASKS_AHEAD * self.workers)
-        for future, result in futures:
-            task = running.pop(future.key)
-            if result["busy"]:
-                busy.append(task)
-            else:
-                videos += result["videos"]
-                progress(videos, "")
+        for _, result in futures:
+            videos += result["videos"]
+            progress(videos, "")
             submit(1)
-        return busy
 
     def _submit(self, task: Task) -> Any:
         # A task may run again after its worker died, even when it had finished: it then finds its shard committed.
-        key = f"shard-{task.shards[0]:06}-{self.rounds}"
-        return self.client.submit(run_task, self.job, task, key=key, pure=False, retries=3)
+        return self.client.submit(run_task, self.job, task, key=f"shard-{task.shards[0]:06}", pure=False, retries=3)
 
 
 def _take(tasks: Iterator[Task], count: int) -> list[Task]:

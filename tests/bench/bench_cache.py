@@ -40,7 +40,7 @@ from cache_schema.plan import Plan, generation_document
 from cache_schema.plan_columns import pack
 from cache_schema.shard import ShardWriter
 from tests.bench.measure import Comparison, compare
-from tests.cache_schema.makers import TOKENS
+from tests.cache_schema.makers import TOKENS, write_single
 
 VIDEOS, FRAMES, SHAPE = 8, 100, (257, 1408)
 FRAME_BYTES = 2 * SHAPE[0] * SHAPE[1]
@@ -65,7 +65,7 @@ def make_store(path: Path, spec: FeatureSpec = SPEC, channel_scale: ChannelScale
     store = FeatureStore.create(path, "tokens", spec, channel_scale=channel_scale)
     store.extend_plan({f"v{number}": range(FRAMES) for number in range(VIDEOS)})
     for task in store.pending():
-        store.write_task(task, _produce)
+        write_single(store, task, _produce)
     return store
 
 
@@ -200,7 +200,7 @@ def write(folder: Path, rounds: int) -> Iterator[tuple[str, Comparison]]:
         os.close(descriptor)
 
     def ours(_: int) -> None:
-        store.write_task(task, lambda s: SegmentResult(iter(np.split(videos[int(s.video_id[1:])], 4))))
+        write_single(store, task, lambda s: SegmentResult(iter(np.split(videos[int(s.video_id[1:])], 4))))
 
     def remove() -> None:
         shutil.rmtree(folder / "written" / "tokens" / "c", ignore_errors=True)

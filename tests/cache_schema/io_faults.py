@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cache_schema import claims, files
+from cache_schema import files
 
 # Everything that the cache does to files goes through these. Reads of whole small files begin with an open.
 CALLS = ("open", "pwrite", "pread", "preadv", "fsync", "ftruncate", "link", "unlink", "rename", "replace", "mkdir")
@@ -55,4 +55,3 @@ class FileLayer:
                 setattr(os, name, function)
             if self.fault == "kill":  # a new process knows nothing of what the old one was at
                 files._ours.clear()
-                claims._held.clear()

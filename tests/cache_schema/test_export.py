@@ -14,7 +14,7 @@ from cache_schema import CacheCorrupt, CacheMismatch, FeatureStore, SegmentResul
 from cache_schema.export import plain
 from cache_schema.index import STATUS
 from tests.cache_schema import test_quantize as quantize
-from tests.cache_schema.makers import WANTED, extract, features, flip_bit
+from tests.cache_schema.makers import WANTED, extract, features, flip_bit, write_single
 
 READER = """
 import sys
@@ -52,7 +52,7 @@ def make(path: Path, bad: str = "") -> FeatureStore:
         return SegmentResult(iter([made]))
 
     for task in store.pending():
-        store.write_task(task, produce)
+        write_single(store, task, produce)
     store.finalize()
     return store
 

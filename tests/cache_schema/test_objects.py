@@ -39,7 +39,7 @@ from cache_schema.connections import StoreUnavailable
 from cache_schema.objects import locate
 from cache_schema.plan import Segments
 from cache_schema.repair import repair_shard
-from tests.cache_schema.makers import SPECS, WANTED, create, extract, features, single, tree
+from tests.cache_schema.makers import SPECS, WANTED, create, extract, features, single, tree, write_single
 from tests.object_servers import SECRET, FaultProxy, first, use, use_for
 
 FAILING = {"bad": {"dog": 1}}
@@ -184,7 +184,7 @@ def test_of_two_retries_the_one_that_looked_at_an_old_version_changes_nothing(s3
             done.append(extract(locate(s3), retry_failed=True))
 
     done = []
-    report = store.write_task(task, single(on_batch=while_another_retries))
+    report = write_single(store, task, single(on_batch=while_another_retries))
     assert done
     assert report.skipped
     assert verify.full(store) == []
@@ -202,9 +202,9 @@ def test_of_two_writers_of_a_shard_the_first_wins_and_the_other_says_so(bucket):
     def other_writer(_):
         if not reports:
             reports.append(None)
-            reports[0] = FeatureStore.open(bucket, "tokens").write_task(task, single())
+            reports[0] = write_single(FeatureStore.open(bucket, "tokens"), task, single())
 
-    second = store.write_task(task, single(on_batch=other_writer))
+    second = write_single(store, task, single(on_batch=other_writer))
     assert (reports[0].skipped, second.skipped) == (False, True)
 
 
@@ -218,7 +218,7 @@ def test_a_commit_whose_answer_is_lost_counts_once_and_as_ours(bucket, server, m
     method, part = ("POST", "/tokens/c/0/0/0?uploadId") if in_parts else ("PUT", "/tokens/c/0/0/0")
     with FaultProxy(server.port, first(1, fault, method, part)) as proxy:
         use_for(bucket, monkeypatch, proxy.port)
-        report = store.write_task(store.pending()[0], single())
+        report = write_single(store, store.pending()[0], single())
     assert not report.skipped
     assert report.frames == 7
     assert fault in [what for asked, path, what in proxy.seen if asked == method and part in path]

@@ -58,7 +58,7 @@ def test_every_kind_of_orphan_is_found_and_only_the_dead_ones_count_as_dead(tmp_
 def test_what_this_process_is_writing_is_no_dead_orphan(tmp_path):
     seen = []
     extract(tmp_path, on_batch=lambda _: seen.extend(orphans.find(tmp_path)))
-    assert {orphan.kind for orphan in seen} == {"partial", "claim"}
+    assert {orphan.kind for orphan in seen} == {"partial"}
     assert not any(orphan.dead for orphan in seen)
 
 

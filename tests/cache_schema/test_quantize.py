@@ -24,7 +24,7 @@ from cache_schema import (
 )
 from cache_schema.codec import Int8Codec
 from cache_schema.quantize import CODEC_NAME, ChannelScale, measure, row_bytes, split
-from tests.cache_schema.makers import TOKENS, flip_bit, tree
+from tests.cache_schema.makers import TOKENS, flip_bit, tree, write_single
 
 SHAPE = (6, 64)
 SPEC = replace(TOKENS, dtype="int8", frame_shape=SHAPE)
@@ -49,7 +49,7 @@ def make(path: Path, scale: ChannelScale) -> FeatureStore:
     store = FeatureStore.create(path, "tokens", SPEC, shard_frames=8, channel_scale=scale)
     store.extend_plan({"a": range(5), "b": range(6)})
     for task in store.pending():
-        store.write_task(task, lambda s: SegmentResult(iter([tokens(len(s), seed=ord(s.video_id))])))
+        write_single(store, task, lambda s: SegmentResult(iter([tokens(len(s), seed=ord(s.video_id))])))
     return store
 
 
@@ -224,7 +224,7 @@ def test_a_retry_copies_int8_frames_as_they_are(tmp_path, scale):
             return SegmentResult(iter([features]))
 
         for task in store.pending(retry_failed=True):
-            store.write_task(task, produce)
+            write_single(store, task, produce)
 
     run(tmp_path / "a", bad={"b"})
     run(tmp_path / "a", bad=())

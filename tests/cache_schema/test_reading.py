@@ -10,7 +10,7 @@ import pytest
 
 from cache_schema import CacheCorrupt, FeatureStore, SegmentResult, reading
 from cache_schema.errors import CacheMissing
-from tests.cache_schema.makers import LARGE
+from tests.cache_schema.makers import LARGE, write_single
 
 FRAMES = 760  # 53 MB: enough for the probe to measure each way twice
 WAYS = ("auto", "mmap", "pread", "direct")
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
         store = FeatureStore.create(path / name, "tokens", LARGE)
         store.extend_plan({"v": range(count)})
         [task] = store.pending()
-        store.write_task(task, lambda segment: SegmentResult(iter([numbers(segment.frame_index)])))
+        write_single(store, task, lambda segment: SegmentResult(iter([numbers(segment.frame_index)])))
     return path
 
 
@@ -160,7 +160,7 @@ def test_a_file_system_in_memory_is_read_by_every_way_or_refused_by_name(ram, io
     FeatureStore.create(ram, "tokens", LARGE).extend_plan({"v": range(9)})
     store = FeatureStore.open(ram, "tokens", io=io)
     for task in store.pending():
-        store.write_task(task, lambda segment: SegmentResult(iter([numbers(segment.frame_index)])))
+        write_single(store, task, lambda segment: SegmentResult(iter([numbers(segment.frame_index)])))
     try:
         got = store.read("v", [8, 0, 1])
     except ValueError as error:

@@ -21,7 +21,7 @@ from stages.miniature.videos import specs
 from stages.miniature.world import write_world
 from tests.cache_schema.makers import flip_bit, tree
 
-COMMANDS = ("ls", "verify", "repair", "gc", "inspect", "export")
+COMMANDS = ("ls", "verify", "repair", "gc", "inspect", "copy", "export")
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
@@ -264,16 +264,55 @@ def test_a_shard_that_cannot_be_made_again_stays_and_is_said_so(
 def test_gc_shows_first_and_removes_only_what_is_dead(copy: tuple[Path, list[object]]) -> None:
     store, options = copy
     before = tree(store)
-    names = [".shard-9.node-7.12.0123abcd.partial", ".shard-1.claim", "notes.txt"]
+    names = [".shard-9.node-7.12.0123abcd.partial", "notes.txt"]
     for name in names:
         (store / "tokens" / name).write_bytes(b'{"host": "node-8"}')
     code, shown = ask("cache", "gc", *options, "--dry-run", "--host", "node-7")
-    assert (code, [o["removed"] for o in shown["orphans"]]) == (0, [False, True, False])
+    assert (code, [o["removed"] for o in shown["orphans"]]) == (0, [True, False])
     assert ask("cache", "gc", *options)[1]["removed"] == 0
-    assert ask("cache", "gc", *options, "--host", "node-7", "--host", "node-8")[1]["removed"] == 2
+    assert ask("cache", "gc", *options, "--host", "node-7")[1]["removed"] == 1
     assert "kept: tokens/notes.txt" in run("cache", "gc", *options).stdout
     assert ask("cache", "gc", *options, "--unplanned")[1]["removed"] == 1
     assert tree(store) == before
+
+
+def test_copy_copies_once_resumes_and_leaves_damaged_shards_with_exit_code_4(
+    copy: tuple[Path, list[object]], tmp_path: Path
+) -> None:
+    store, _ = copy
+    shards = sum(FeatureStore.open(store, name).plan.num_shards for name in ("tokens", "pooled/layer8"))
+    code, shown = ask("cache", "copy", store, tmp_path / "copy", "--dry-run")
+    assert (code, sum(part["copied"] for part in shown["modalities"])) == (0, shards)
+    assert not (tmp_path / "copy").exists()
+    code, result = ask("cache", "copy", store, tmp_path / "copy")
+    assert (code, sum(part["copied"] for part in result["modalities"]), result["bytes"]) == (0, shards, shown["bytes"])
+    assert tree(tmp_path / "copy") == tree(store)
+    assert "every shard is there; nothing to do" in run("cache", "copy", store, tmp_path / "copy").stdout
+    file = FeatureStore.open(store, "tokens").layout.info.shard_file(0)
+    flip_bit(file, 9)
+    code, result = ask("cache", "copy", store, tmp_path / "other")
+    assert (code, len(result["damaged"])) == (4, 1)
+    assert str(file) in result["damaged"][0]
+    assert run(*result["next"][0].split()[1:]).exit_code == 4  # the hint works, and names the damage
+    assert run("cache", "copy", store, store).exit_code == 2
+
+
+@pytest.mark.parametrize("part", ["", "3", "0/4", "5/4", "-1/2", "1/0", "1/2/3", "one/two", "1.0/2"])
+def test_a_part_that_cannot_be_is_wrong_usage(part: str, made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    done = run("extract-clip", *made[1], "--cache", tmp_path / "store", f"--part={part}")
+    assert done.exit_code == 2
+    assert "expected I/N with I from 1 to N, such as 3/8" in done.stderr
+
+
+def test_parts_say_plainly_what_the_others_lack(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    words = ["extract-clip", *made[1], "--cache", tmp_path / "store", "--device", "cpu"]
+    done = run(*words, "--part", "2/2")
+    assert done.exit_code == 0
+    assert "part 2 of 2 is complete; 1 other part still lacks 3 videos" in " ".join(done.stdout.split())
+    code, result = ask(*words, "--part", "1/2")
+    assert (code, result["part"], result["videos"], result["other_parts_lack"]) == (0, [1, 2], 3, 0)
+    assert "part 2 of 2 is complete; so is 1 other part" in " ".join(run(*words, "--part", "2/2").stdout.split())
+    assert "6 of 6 videos cached; nothing to do" in run(*words).stdout
 
 
 def test_export_writes_tars_and_refuses_an_existing_folder(copy: tuple[Path, list[object]], tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def test_extraction_passes_its_options_on(composed: Composed, tmp_path: Path) ->
         "cache": tmp_path,
         "workers": 3,
         "retry_failed": True,
+        "part": (1, 1),
         "splits": ["test", "val"],
         "device": "cpu",
         "dry_run": False,

@@ -13,7 +13,8 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from cache_schema.spec import FeatureSpec
-from cache_schema.store import FeatureStore, SegmentResult, write_tasks_together
+from cache_schema.store import FeatureStore
+from cache_schema.write import SegmentResult, write_task
 from stages.train import probes
 from stages.train.probes import Frames, ProbeRefused, Space, Splits
 from stages.types import Sample
@@ -52,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, FeatureSt
         return SegmentResult(iter([{name: part[i] for name, part in parts.items()}]), facts=dict)
 
     for task in stores["tokens"].pending():
-        write_tasks_together(stores, task, produce)
+        write_task(stores, task, produce)
     return {"clip": stores["tokens"], "teacher": stores["pooled/layer8"]}, facts
 
 
