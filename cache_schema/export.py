@@ -82,7 +82,7 @@ def plain(stores: Mapping[str, FeatureStore], folder: Path) -> Exported:
                 if found is None or not found.ok:
                     why = "not extracted" if found is None else f"{found.kind}: {found.reason}"
                     report.skipped.setdefault(segment.video_id, f"{name}: {why}")
-        write_index(aside, index_arrays(plan, status))
+        write_index(aside, lambda: index_arrays(plan, status))
     report.frames = sum(len(segment) for segment in plan.segments if segment.video_id not in report.skipped)
     report.videos = len(set(plan.videos) - report.skipped.keys())
     return report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,19 +269,22 @@ def _whole_shards(rows: object, shard_frames: int) -> bool:
     return type(rows) is int and rows >= 0 and rows % shard_frames == 0
 
 
-def grow_array(info: ArrayInfo, num_shards: int) -> None:
-    """Make the array long enough for this many shards; it never shrinks. Only zarr.json is written."""
-    rows = num_shards * info.shard_frames
-    if _rows(info) >= rows:
-        return
+def grow_array(info: ArrayInfo, num_shards: Callable[[], int]) -> None:
+    """Make the array long enough for the shards of the plan; it never shrinks. Only zarr.json is written.
 
-    def grown(data: bytes) -> bytes | None:
-        document = files.parse_json(data)
-        if _checked_rows(info, document) >= rows:
-            return None
-        return _metadata_bytes({**document, "shape": [rows, *info.spec.frame_shape]})
+    Args:
+        num_shards: those of the plan as it is now. It is asked again after each write: of two writers that change the
+            file at the same moment, the one whose change came last finds what the other one's plan needs.
+    """
+    while _rows(info) < (rows := num_shards() * info.shard_frames):
 
-    files.update(info.metadata_file, files.MAX_METADATA_BYTES, grown)
+        def grown(data: bytes, rows: int = rows) -> bytes | None:
+            document = files.parse_json(data)
+            if _checked_rows(info, document) >= rows:
+                return None
+            return _metadata_bytes({**document, "shape": [rows, *info.spec.frame_shape]})
+
+        files.update(info.metadata_file, files.MAX_METADATA_BYTES, grown)
 
 
 def _rows(info: ArrayInfo) -> int:

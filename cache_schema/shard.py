@@ -340,7 +340,7 @@ def identity_now(file: StorePath) -> Identity:
     if isinstance(file, ObjectPath):
         size, e_tag = file.head()
         return e_tag, size
-    return identity_of(os.stat(file, follow_symlinks=False))
+    return identity_of(files.fresh(lambda: os.stat(file, follow_symlinks=False)))
 
 
 @contextmanager
@@ -364,11 +364,10 @@ def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | Non
         CacheCorrupt: naming the file; ``kind`` is truncated, footer, index, wrong_spec, wrong_shard or wrong_videos.
         CacheMismatch: the shard was written by a newer format version.
     """
-    file = layout.info.shard_file(shard)
-    files.refuse_links(file, layout.info.store)
+    final = layout.info.shard_file(shard)
+    files.refuse_links(final, layout.info.store)
     try:
-        with _opened(file, layout) as (file, read, identity):
-            document, index = _read_footer(file, layout, read, identity[1])
+        file, identity, document, index = files.fresh(lambda: _read_end(layout, final))
     except (FileNotFoundError, NotADirectoryError):
         return None
     _check_identity(file, layout, shard, document)
@@ -396,8 +395,12 @@ def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | Non
 
 def read_footer(layout: Layout, file: StorePath) -> dict[str, object]:
     """The whole footer of a shard, facts included. Raises FileNotFoundError, CacheCorrupt."""
+    return files.fresh(lambda: _read_end(layout, file))[2]
+
+
+def _read_end(layout: Layout, file: StorePath) -> tuple[StorePath, Identity, dict[str, object], bytes]:
     with _opened(file, layout) as (file, read, identity):
-        return _read_footer(file, layout, read, identity[1])[0]
+        return file, identity, *_read_footer(file, layout, read, identity[1])
 
 
 def read_records(layout: Layout, file: StorePath) -> tuple[Record, ...]:

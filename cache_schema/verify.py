@@ -76,7 +76,7 @@ def full(store: FeatureStore) -> list[Problem]:
     for number in range(store.plan.num_shards):
         shard = None if number in not_sound else store.shard(number)
         if shard is not None:
-            found += _frames(store, number, shard)
+            found += files.fresh(lambda: list(_frames(store, number, shard)))  # noqa: B023
     return found
 
 

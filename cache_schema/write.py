@@ -231,16 +231,16 @@ class _ModalityWriter:
             published = files.publish(partial, final)
             self.store.shard(number)  # whoever published it, it must be sound
             return published
-        with files.locked(self.store.layout.info.folder):
-            current = self.store.shard(number)
-            if current is not None:
-                changed = current.identity != old.identity
-                if changed and len(current.failed) <= sum(not record.ok for record in records):
-                    return False  # another retry was at least as lucky
-                if read_footer(self.store.layout, partial) == read_footer(self.store.layout, final):
-                    return False
-            # Of an object store: only in the place of the very version that was looked at, for there are no locks.
-            return files.replace(partial, final if current is None else current.file)
+        current = self.store.shard(number)
+        if current is not None:
+            changed = current.identity != old.identity
+            if changed and len(current.failed) <= sum(not record.ok for record in records):
+                return False  # another retry was at least as lucky
+            if read_footer(self.store.layout, partial) == read_footer(self.store.layout, final):
+                return False
+        # Of an object store only in the place of the version that was looked at. Of two retries that replace a file at
+        # the same moment the later wins; both are whole.
+        return files.replace(partial, final if current is None else current.file)
 
     def _copy(self) -> bool:
         """Copy the segment from the committed shards when it is good in all of them."""

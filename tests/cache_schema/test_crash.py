@@ -87,7 +87,7 @@ def storm(folder, kills, seed=0):
     }
 
 
-def check_what_is_left(path, allowed=("missing",)):
+def check_what_is_left(path, allowed=("missing", "videos_index")):
     """After a crash: every shard is whole or absent, and every frame that can be read is right."""
     for modality in SPECS:
         try:
