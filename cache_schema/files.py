@@ -102,6 +102,29 @@ def names_in(folder: StorePath) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
+def modified(path: StorePath) -> float:
+    """When a file or object was written, in seconds since 1970. Raises FileNotFoundError."""
+    return path.modified() if isinstance(path, ObjectPath) else fresh(lambda: os.lstat(path).st_mtime)
+
+
+def folders_in(folder: StorePath) -> list[StorePath]:
+    """The folders, or prefixes of objects, one step below; links are not followed."""
+    if isinstance(folder, ObjectPath):
+        return list(folder.folders())
+    return [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+
+
+def files_below(path: StorePath) -> Iterator[StorePath]:
+    """A file itself, or every file in a folder and its folders; links are not followed."""
+    if isinstance(path, ObjectPath):
+        yield from [path] if path.is_file() else path.files_below()
+    elif not path.is_dir() or path.is_symlink():
+        yield from [path] if os.path.lexists(path) else []
+    else:
+        for folder, _, names in os.walk(path):
+            yield from (Path(folder) / name for name in sorted(names))
+
+
 def sweep(folder: StorePath) -> list[StorePath]:
     """Remove partial files of dead writers of this host from one folder; those of living writers stay.
 

@@ -91,13 +91,17 @@ def create_group(store: StorePath, shard_frames: int) -> None:
     files.publish_bytes(store / "plan" / "zarr.json", _made_by_zarr("plan", array=plan))
 
 
+def create_parents(store: StorePath, modality: str) -> None:
+    """Write the groups above an array, those that do not exist."""
+    for parent in path_to(modality)[:-1]:
+        if not (store / parent / "zarr.json").exists():
+            files.publish_bytes(store / parent / "zarr.json", _made_by_zarr("", group={}))
+
+
 def create_array(info: ArrayInfo) -> None:
     """Write the array's zarr.json with no rows, unless it exists."""
     if info.metadata_file.exists():
         return
-    for parent in path_to(info.modality)[:-1]:
-        if not (info.store / parent / "zarr.json").exists():
-            files.publish_bytes(info.store / parent / "zarr.json", _made_by_zarr("", group={}))
     shape = info.spec.frame_shape
     attributes = {"feature_spec": info.spec.to_json(), "feature_spec_digest": info.spec.digest()}
     serializer: dict[str, object] = {}
@@ -301,6 +305,26 @@ def _checked_rows(info: ArrayInfo, document: Mapping[str, object]) -> int:
 def list_modalities(store: StorePath) -> list[str]:
     """Names of the feature arrays in a store, sorted."""
     return sorted(_walk(store, ""))
+
+
+def lost_modalities(store: StorePath) -> dict[str, str]:
+    """Modality -> why it must have been there, of those whose zarr.json is gone."""
+    named = dict.fromkeys(_with_chunks(store / "videos" / "status", ""), "the index of the store names it")
+    named |= dict.fromkeys(_with_chunks(store, ""), "shards lie there")
+    present = set(list_modalities(store))
+    return {name: why for name, why in sorted(named.items()) if name not in present}
+
+
+def _with_chunks(place: StorePath, prefix: str) -> Iterator[str]:
+    """Names of modalities whose folder in ``place`` holds chunks, with or without a zarr.json."""
+    for own_name in sorted(files.names_in(place / prefix)):
+        name = f"{prefix}/{own_name}" if prefix else own_name
+        if not _MODALITY.match(name):
+            continue
+        if next(files.files_below(place / name / "c"), None) is not None:
+            yield name
+        else:
+            yield from _with_chunks(place, name)
 
 
 def _walk(store: StorePath, prefix: str) -> Iterator[str]:

@@ -91,6 +91,12 @@ class ObjectPath:
         meta = self._ask("looking at", lambda: obstore.head(self._store(), self.key))
         return meta["size"], meta["e_tag"] or ""
 
+    def modified(self) -> float:
+        """When it was written, by the store's clock: seconds since 1970. Raises FileNotFoundError, StoreUnavailable."""
+        import obstore
+
+        return self._ask("looking at", lambda: obstore.head(self._store(), self.key))["last_modified"].timestamp()
+
     def is_file(self) -> bool:
         """Whether there is such an object."""
         try:
@@ -113,6 +119,22 @@ class ObjectPath:
         found = self._ask("listing", lambda: obstore.list_with_delimiter(self._store(), prefix))
         keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
         yield from (self / key.rstrip("/").rpartition("/")[2] for key in sorted(keys))
+
+    def folders(self) -> Iterator[ObjectPath]:
+        """The prefixes one step below."""
+        import obstore
+
+        prefix = f"{self.key}/" if self.key else ""
+        found = self._ask("listing", lambda: obstore.list_with_delimiter(self._store(), prefix))
+        yield from (self / key.rstrip("/").rpartition("/")[2] for key in sorted(found["common_prefixes"]))
+
+    def files_below(self) -> Iterator[ObjectPath]:
+        """Every object below this key, as far as a listing knows them."""
+        import obstore
+
+        prefix = f"{self.key}/" if self.key else ""
+        found = self._ask("listing", lambda: obstore.list(self._store(), prefix).collect())
+        yield from (replace(self, key=entry["path"], e_tag="") for entry in found)
 
     # --- reading
 

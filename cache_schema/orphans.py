@@ -14,6 +14,7 @@ from pathlib import Path
 from cache_schema import files, metadata
 from cache_schema.objects import ObjectPath, StorePath
 from cache_schema.planfile import is_columns, is_generation
+from cache_schema.shard import is_shard
 from cache_schema.store import FeatureStore
 
 
@@ -22,7 +23,7 @@ class Orphan:
     """One file or folder. ``why`` says whose it is, ``dead`` that nobody can need it any more."""
 
     path: StorePath
-    kind: str  # "partial", "unplanned"
+    kind: str  # "partial", "unplanned", "shards" (features whose zarr.json or plan is gone: never removed)
     why: str
     dead: bool
     bytes: int
@@ -45,7 +46,7 @@ def find(store: StorePath, *, dead_hosts: Collection[str] = frozenset()) -> list
 
 def _look(store: StorePath, dead_hosts: Collection[str]) -> list[Orphan]:
     found: list[Orphan] = []
-    modalities = metadata.list_modalities(store)
+    modalities, shard_frames = metadata.list_modalities(store), metadata.read_group(store)
     folders = {store, store / "plan", *(store / part for modality in modalities for part in metadata.path_to(modality))}
     for folder in folders:
         for path, host, dead in files.partials(folder):
@@ -53,13 +54,24 @@ def _look(store: StorePath, dead_hosts: Collection[str]) -> list[Orphan]:
             found.append(Orphan(path, "partial", why, dead or host in dead_hosts, _size(path)))
     known = {orphan.path for orphan in found}
     for path in _strangers(store, modalities):
-        if path not in known:
+        if path in known:
+            continue
+        if any(is_shard(file, shard_frames) for file in files.files_below(path)):
+            why = "features whose zarr.json or plan is gone; restore it, or extract again"
+            found.append(Orphan(path, "shards", why, False, _size(path)))
+        else:
             found.append(Orphan(path, "unplanned", "neither in the plan nor part of the format", False, _size(path)))
     return sorted(found, key=lambda orphan: str(orphan.path))
 
 
 def remove(orphan: Orphan) -> None:
-    """Remove one, folders with what is in them. One that went by itself meanwhile is no error."""
+    """Remove one, folders with what is in them. One that went by itself meanwhile is no error.
+
+    Raises:
+        ValueError: it holds features.
+    """
+    if orphan.kind == "shards":
+        raise ValueError(f"{orphan.path} holds {orphan.why}")
     files.remove(orphan.path)
 
 

@@ -403,6 +403,27 @@ def _read_end(layout: Layout, file: StorePath) -> tuple[StorePath, Identity, dic
         return file, identity, *_read_footer(file, layout, read, identity[1])
 
 
+def is_shard(file: StorePath, shard_frames: int) -> bool:
+    """Whether a file is a whole shard of some array of a store with such shards, by its own trailer and footer."""
+    tail_bytes = TRAILER.size + 16 * shard_frames + 4
+    try:
+        descriptor = files.open_regular(file)
+    except (OSError, CacheCorrupt):
+        return False
+    try:
+        size = os.fstat(descriptor).st_size
+        if size < tail_bytes:
+            return False
+        trailer = pread(descriptor, TRAILER.size, size - tail_bytes)
+        magic, _, footer_bytes, file_bytes, crc = TRAILER.unpack(trailer)
+        if magic != MAGIC or file_bytes != size or footer_bytes > min(size - tail_bytes, MAX_FOOTER_BYTES):
+            return False
+        footer = pread(descriptor, footer_bytes, size - tail_bytes - footer_bytes)
+        return bool(crc32c(trailer[:-4], crc32c(footer)) == crc)
+    finally:
+        os.close(descriptor)
+
+
 def read_records(layout: Layout, file: StorePath) -> tuple[Record, ...]:
     """The records of a footer, with checksums and facts. Raises FileNotFoundError, CacheCorrupt."""
     return _records(file, read_footer(layout, file))

@@ -117,6 +117,7 @@ class FeatureStore:
                         f"Make smaller ones:  --set extract.shard_frames={MAX_SHARD_OBJECT // Layout(info).stride}"
                     )
                 metadata.create_array(info)
+            metadata.create_parents(store, modality)
             opened = cls.open(store, modality, spec, help_command=help_command)
             for folder in (store, store / "plan", *(store / part for part in metadata.path_to(modality))):
                 files.sweep(folder)

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache_schema import files
+from cache_schema import files, metadata
 from cache_schema.errors import CacheCorrupt, CacheMismatch, SegmentFailed
 from cache_schema.index import STATUS, index_arrays, read_index
+from cache_schema.objects import StorePath
 from cache_schema.plan import Segment
 from cache_schema.report import SourceFile
 from cache_schema.shard import Shard, pread, read_records
@@ -33,9 +34,10 @@ class Problem:
     """One thing that is wrong.
 
     ``kind``: ``missing`` (a planned shard is not there: extraction is unfinished), ``deleted`` (it was there when
-    the ``videos`` index was made), ``unplanned`` (a file where no shard belongs), ``padding`` (bytes between frames
-    are not zero), ``videos_index``, ``newer_format``, ``differs`` (made again, a frame comes out otherwise),
-    ``source_changed``, ``source_gone``, or the ``kind`` of a ``CacheCorrupt`` (``truncated``, ``frame``).
+    the ``videos`` index was made), ``unplanned`` (a file where no shard belongs), ``lost`` (a folder holds shards, and
+    the zarr.json that makes it an array is gone), ``padding`` (bytes between frames are not zero), ``videos_index``,
+    ``newer_format``, ``differs`` (made again, a frame comes out otherwise), ``source_changed``, ``source_gone``, or the
+    ``kind`` of a ``CacheCorrupt`` (``truncated``, ``frame``).
     """
 
     shard: int | None
@@ -67,6 +69,24 @@ def quick(store: FeatureStore) -> list[Problem]:
         message = f"{store.path / 'videos'} does not fit the shards. It is made again by:\n  {store.help_command}"
         found.append(Problem(None, None, None, "videos_index", message))
     return found
+
+
+def lost(store: StorePath) -> list[tuple[str, Problem]]:
+    """The modalities that a store says it holds, in shards or in its index, and whose zarr.json is gone."""
+    return [
+        (
+            name,
+            Problem(
+                None,
+                None,
+                None,
+                "lost",
+                f"{store / name / 'zarr.json'} is gone, and {why}. It is made again by its "
+                "extraction, which keeps every shard that was made with the same settings",
+            ),
+        )
+        for name, why in metadata.lost_modalities(store).items()
+    ]
 
 
 def full(store: FeatureStore) -> list[Problem]:
@@ -162,7 +182,7 @@ def sources(store: FeatureStore, look: Callable[[str], SourceFile | None], *, ha
         shard = store.shard(number)
         if shard is None:
             continue
-        written = shard.identity[2] / 1e9
+        written = files.modified(shard.file)
         for record in read_records(store.layout, shard.file):
             if record.facts and (problem := _source(record.video_id, record.facts, look, written, hashed)):
                 found.append(problem)

@@ -78,7 +78,7 @@ def show_gc(result: Result) -> None:
     say(f"{result['removed']} {would}, {size(result['bytes'])}" if result["orphans"] else "nothing left over")
     if any(o["kind"] == "unplanned" and not o["removed"] for o in result["orphans"]):
         say("Files that are no part of the store go with --unplanned; look at them first.")
-    if any(o["kind"] != "unplanned" and not o["removed"] for o in result["orphans"]):
+    if any(o["kind"] == "partial" and not o["removed"] for o in result["orphans"]):
         say("What belongs to a machine that is gone for good goes with --host NAME.")
 
 

@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import functools
 import json
-import os
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cache_schema import export as exports
-from cache_schema import metadata, orphans, verify
+from cache_schema import files, metadata, orphans, verify
 from cache_schema.copy import copy_store
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMissing
 from cache_schema.objects import StorePath
@@ -49,39 +48,46 @@ class Options:
         sets = [part for item in self.sets for part in ("--set", item)]
         return shlex.join(["pipeline", *words, "--preset", self.config.preset, "--cache", str(self.cache), *sets])
 
-    def stores(self) -> dict[str, FeatureStore]:
-        """All modalities. Raises CacheMissing where there is no store, CacheCorrupt for damaged metadata."""
+    def stores(self, *, lost: bool = False) -> dict[str, FeatureStore]:
+        """All modalities. Raises CacheMissing where there is no store, CacheCorrupt for damaged metadata.
+
+        Args:
+            lost: go on where the zarr.json of a modality is gone, with the others.
+        """
         metadata.read_group(self.cache)
         names = metadata.list_modalities(self.cache)
-        if not names:
-            raise CacheMissing(f"{self.cache} holds no features yet. Make them with:\n  {self._extract('tokens')}")
-        return {name: FeatureStore.open(self.cache, name, help_command=self._extract(name)) for name in sorted(names)}
+        gone = verify.lost(self.cache)
+        for name, problem in [] if lost else gone:
+            raise CacheCorrupt(f"{problem.message}:\n  {self.extract(name)}")
+        if not names and not gone:
+            raise CacheMissing(f"{self.cache} holds no features yet. Make them with:\n  {self.extract('tokens')}")
+        return {name: FeatureStore.open(self.cache, name, help_command=self.extract(name)) for name in sorted(names)}
 
-    def _extract(self, modality: str) -> str:
+    def extract(self, modality: str) -> str:
+        """The command that makes a modality."""
         return self.command(f"extract-{ENCODER_OF.get(modality.partition('/')[0], 'clip')}")
 
 
 # ---------------------------------------------------------------- what is there
 
 
-def list_stores(folder: Path) -> dict[str, Any]:
-    """Every store below a folder: modalities with videos, frames, bytes on disk and the digest of their settings."""
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder.\nName one that holds stores:  pipeline cache ls FOLDER")
-    return {"stores": [_describe(store) for store in sorted(_find_stores(folder, DEPTH))]}
+def list_stores(place: StorePath) -> dict[str, Any]:
+    """Every store below a folder or prefix: modalities with videos, frames, bytes and the digest of their settings."""
+    if not place.is_dir():
+        raise ConfigError(f"{place} holds nothing.\nName a folder or s3://… with stores:  pipeline cache ls FOLDER")
+    return {"stores": [_describe(store) for store in sorted(_find_stores(place, DEPTH), key=str)]}
 
 
-def _find_stores(folder: Path, depth: int) -> Iterator[Path]:
-    with contextlib.suppress(OSError, ValueError):
-        attributes = json.loads((folder / "zarr.json").read_bytes()).get("attributes") or {}
-        if attributes.get("format") == metadata.FORMAT:
-            yield folder
+def _find_stores(place: StorePath, depth: int) -> Iterator[StorePath]:
+    with contextlib.suppress(FileNotFoundError, PermissionError, ValueError):
+        attributes = json.loads(files.read_bytes(place / "zarr.json", files.MAX_METADATA_BYTES)).get("attributes")
+        if (attributes or {}).get("format") == metadata.FORMAT:
+            yield place
             return
     if depth:
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(folder):
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _find_stores(Path(entry.path), depth - 1)
+        with contextlib.suppress(PermissionError):
+            for folder in files.folders_in(place):
+                yield from _find_stores(folder, depth - 1)
 
 
 def _describe(store: StorePath) -> dict[str, Any]:
@@ -90,6 +96,8 @@ def _describe(store: StorePath) -> dict[str, Any]:
         metadata.read_group(store)
         for name in metadata.list_modalities(store):
             facts["modalities"].append(_describe_modality(FeatureStore.open(store, name)))
+        for _, problem in verify.lost(store):
+            facts["error"] = problem.message
     except CacheError as error:
         facts["error"] = str(error)
     return facts
@@ -182,9 +190,9 @@ def check(
     progress: OnProgress,
 ) -> dict[str, Any]:
     """Problems of all modalities, and what to type about them. ``semantic`` is a number of frames to make again."""
-    stores = options.stores()
-    problems: list[tuple[str, Problem]] = []
-    checked = []
+    stores = options.stores(lost=True)
+    problems = verify.lost(options.cache)
+    checked = [{"modality": name, "shards": 0, "problems": 1} for name, _ in problems]
     for number, (name, store) in enumerate(stores.items()):
         progress(number, len(stores), f"{'full' if full else 'quick'} check of {name}")
         found = (verify.full if full else verify.quick)(store)
@@ -232,7 +240,7 @@ def _next(options: Options, problems: Collection[tuple[str, Problem]]) -> list[s
         commands.append(options.command("cache", "repair"))
     if "source_changed" in kinds:
         commands.append(options.command("cache", "repair", "--sources"))
-    for modality in dict.fromkeys(name for name, problem in problems if problem.kind == "missing"):
+    for modality in dict.fromkeys(name for name, problem in problems if problem.kind in ("missing", "lost")):
         commands.append(options.command(f"extract-{ENCODER_OF.get(modality.partition('/')[0], 'clip')}"))
     if "unplanned" in kinds:
         commands.append(options.command("cache", "gc", "--dry-run"))
@@ -377,11 +385,11 @@ def _look(options: Options) -> Iterator[Callable[[str], SourceFile | None]]:
 
 def collect_garbage(options: Options, *, dead_hosts: Collection[str], unplanned: bool, dry_run: bool) -> dict[str, Any]:
     """Partial files of dead processes, and with ``unplanned`` what nobody planned."""
-    options.stores()  # refuses a folder that is no store
+    metadata.read_group(options.cache)  # refuses a folder that is no store
     found = orphans.find(options.cache, dead_hosts=dead_hosts)
     listed = []
     for orphan in found:
-        gone = orphan.dead or (unplanned and orphan.kind == "unplanned")
+        gone = orphan.dead or (unplanned and orphan.kind == "unplanned")  # never features
         if gone and not dry_run:
             orphans.remove(orphan)
         path = str(orphan.path).removeprefix(f"{options.cache}/")

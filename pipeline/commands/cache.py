@@ -41,15 +41,21 @@ HashOption = Annotated[bool, typer.Option("--hash", help="With --sources: read e
 
 @app.command("ls", epilog="Example:  pipeline cache ls cache")
 def ls(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where stores are looked for.")] = Path("cache"),
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Where stores are looked for: a folder or s3://….")
+    ] = "cache",
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """List the stores below a folder: modalities, videos, frames, size, digest of the settings."""
     with guard(debug=debug, as_json=as_json):
+        from cache_schema.objects import locate
         from pipeline import cache_tools
 
-        tell(cache_tools.list_stores(folder), cache_results.show_ls, as_json=as_json)
+        result = cache_tools.list_stores(locate(folder))
+        tell(result, cache_results.show_ls, as_json=as_json)
+        if any(part.get("error") for store in result["stores"] for part in (store, *store["modalities"])):
+            raise typer.Exit(CACHE)
 
 
 @app.command("verify", epilog="Example:  pipeline cache verify --full --semantic 8 --sources")

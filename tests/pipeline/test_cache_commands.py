@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from cache_schema.store import FeatureStore
 from pipeline.cli import app
 from stages.miniature.videos import specs
 from stages.miniature.world import write_world
+from tests.cache_schema.conftest import moto, s3
 from tests.cache_schema.makers import flip_bit, tree
+
+__all__ = ["moto", "s3"]  # fixtures
 
 COMMANDS = ("ls", "verify", "repair", "gc", "inspect", "copy", "export")
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -258,6 +262,79 @@ def test_a_shard_that_cannot_be_made_again_stays_and_is_said_so(
     assert tree(store) == damaged
 
 
+@pytest.mark.parametrize("gone", ["tokens/zarr.json", "pooled/layer8/zarr.json", "pooled/zarr.json"])
+def test_an_array_without_its_zarr_json_is_a_problem_that_extraction_mends_and_gc_keeps_its_shards(
+    copy: tuple[Path, list[object]], gone: str
+) -> None:
+    """Was: "no problem found", exit 0, and ``gc --unplanned`` offered to remove the whole folder."""
+    store, options = copy
+    whole = tree(store)
+    (store / gone).unlink()
+    modality = "tokens" if gone.startswith("tokens") else "pooled/layer8"
+    code, result = ask("cache", "verify", *options, "--full")
+    assert (code, [(p["modality"], p["kind"]) for p in result["problems"]]) == (4, [(modality, "lost")])
+    code, listed = ask("cache", "ls", store.parent)
+    assert (code, gone.rpartition("/")[0] in listed["stores"][0]["error"]) == (4, True)
+    before = tree(store)
+    code, collected = ask("cache", "gc", *options, "--unplanned")
+    assert (code, collected["removed"]) == (0, 0)
+    assert {o["kind"] for o in collected["orphans"]} == {"shards"}
+    assert run("cache", "repair", *options, "--device", "cpu").exit_code == 4
+    assert tree(store) == before
+    for command in result["next"]:
+        assert run(*shlex.split(command)[1:], "--device", "cpu").exit_code == 0
+    assert tree(store) == whole
+    assert ask("cache", "verify", *options, "--full")[0] == 0
+
+
+def test_without_its_plan_a_store_is_reported_and_gc_keeps_every_shard(copy: tuple[Path, list[object]]) -> None:
+    store, options = copy
+    for file in (store / "plan").glob("0*"):
+        file.unlink()
+    assert run("cache", "verify", *options).exit_code == 4
+    before = tree(store)
+    assert ask("cache", "gc", *options, "--unplanned")[1]["removed"] == 0
+    assert tree(store) == before
+
+
+def test_ls_exits_with_4_on_damage_and_its_hint_names_it(copy: tuple[Path, list[object]]) -> None:
+    store, _ = copy
+    assert run("cache", "ls", store).exit_code == 0
+    flip_bit(shard(store, 0), -1)
+    done = run("cache", "ls", store)
+    assert done.exit_code == 4
+    (hint,) = re.findall(r"^ *(pipeline cache verify .*)$", done.stdout, re.MULTILINE)
+    hinted = run(*shlex.split(hint)[1:])
+    assert hinted.exit_code == 4
+    assert "tokens" in hinted.stdout
+    assert run("cache", "ls", store / "nothing").exit_code == 2
+
+
+def test_ls_verify_and_repair_with_sources_work_on_an_object_store(
+    copy: tuple[Path, list[object]], s3: str, tmp_path: Path
+) -> None:
+    """Was: "s3:/… is no folder", and a traceback for every object store."""
+    store, options = copy
+    videos = Path(str(options[options.index("--set") + 1]).partition("=")[2])
+    shutil.copytree(videos, tmp_path / "videos")
+    url = f"{s3}/deeper/store"
+    assert run("cache", "copy", store, url).exit_code == 0
+    options = ["--cache", url, *options[2:], "--set", f"data.videos={tmp_path / 'videos'}"]
+    code, listed = ask("cache", "ls", s3)
+    assert (code, [s["path"] for s in listed["stores"]]) == (0, [url])
+    assert [part["videos"] for part in listed["stores"][0]["modalities"]] == [6, 6]
+    assert run("cache", "ls", f"{s3}/nothing").exit_code == 2
+    code, result = ask("cache", "verify", *options, "--sources", "--hash")
+    assert (code, result["problems"]) == (0, [])
+    first, _, second = sorted((tmp_path / "videos").iterdir())[:3]  # of one length
+    first.write_bytes(second.read_bytes())
+    code, result = ask("cache", "verify", *options, "--sources")
+    assert (code, {(p["kind"], p["video"]) for p in result["problems"]}) == (4, {("source_changed", first.stem)})
+    code, result = ask("cache", "repair", *options, "--sources", "--device", "cpu")
+    assert (code, result["changed_videos"], result["left"]) == (0, [first.stem], []), result["left"]
+    assert ask("cache", "verify", *options, "--full", "--sources")[0] == 0
+
+
 # ---------------------------------------------------------------- leftovers, and the way out
 
 
@@ -307,7 +384,7 @@ def test_a_part_that_cannot_be_is_wrong_usage(part: str, made: tuple[Path, list[
 def test_parts_say_plainly_what_the_others_lack(made: tuple[Path, list[str]], tmp_path: Path) -> None:
     words = ["extract-clip", *made[1], "--cache", tmp_path / "store", "--device", "cpu"]
     done = run(*words, "--part", "2/2")
-    assert done.exit_code == 0
+    assert done.exit_code == 0, done.output
     assert "part 2 of 2 is complete; 1 other part still lacks 3 videos" in " ".join(done.stdout.split())
     code, result = ask(*words, "--part", "1/2")
     assert (code, result["part"], result["videos"], result["other_parts_lack"]) == (0, [1, 2], 3, 0)
