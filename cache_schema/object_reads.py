@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
 from cache_schema.objects import RANGE, ObjectPath
 from cache_schema.shard import Layout, Shard
@@ -29,13 +28,13 @@ def read_slots(layout: Layout, shard: Shard, slots: npt.NDArray[np.int64], rows:
     wanted, first = np.unique(slots[order], return_index=True)
     positions = dict(zip(wanted.tolist(), np.split(order, first[1:]), strict=True))  # slot -> rows that want it
     spans = _spans(layout, wanted)
-    bounds = [(span[0] * layout.stride, span[-1] * layout.stride + layout.frame_bytes) for span in spans]
+    bounds = [(span[0] * layout.stride, span[-1] * layout.stride + layout.chunk_bytes) for span in spans]
     for span, (start, _), data in zip(spans, bounds, shard.file.fetch(bounds), strict=True):
         for slot in span:
-            raw = data[slot * layout.stride - start :][: layout.frame_bytes]
-            if len(raw) != layout.frame_bytes or crc32c(raw) != shard.crcs[slot]:
+            chunk = data[slot * layout.stride - start :][: layout.chunk_bytes]
+            if not layout.is_sound(chunk):
                 return int(positions[slot][0])
-            rows[positions[slot]] = np.frombuffer(raw, np.uint8)
+            rows[positions[slot]] = np.frombuffer(chunk, np.uint8, layout.frame_bytes)
     return None
 
 
@@ -43,8 +42,8 @@ def _spans(layout: Layout, slots: npt.NDArray[np.int64]) -> list[list[int]]:
     """Sorted slots in groups, one GET each: close together, and at most ``RANGE`` bytes unless it is one frame."""
     spans: list[list[int]] = []
     for slot in slots.tolist():
-        near = spans and (slot - spans[-1][-1]) * layout.stride - layout.frame_bytes <= GAP
-        if near and (slot - spans[-1][0]) * layout.stride + layout.frame_bytes <= RANGE:
+        near = spans and (slot - spans[-1][-1]) * layout.stride - layout.chunk_bytes <= GAP
+        if near and (slot - spans[-1][0]) * layout.stride + layout.chunk_bytes <= RANGE:
             spans[-1].append(slot)
         else:
             spans.append([slot])

@@ -27,12 +27,11 @@ RANGE = 8 << 20  # bytes of one GET
 MAX_SHARD_OBJECT = 5 * 10**9  # frames of one shard; S3 copies at most 5 GiB in one request
 LOOKS = 20  # at an object that is replaced again and again while its end is read in two requests
 ATTEMPTS = 3  # at one commit whose answers are lost, on top of the library's retries of one request
-# The end of a shard: its index (at most 16 MiB) and the trailer, whose checksum covers the footer with all checksums.
+# The end of a shard: index (at most 16 MiB) and trailer; its checksum covers the footer, and that all the frames.
 _COMPARED = 17 << 20
 WRITE_ID = "writeid"  # letters only: Azure allows no hyphen in the name of metadata
 _URL = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)$", re.DOTALL)
 _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{1,221}$")
-_CHUNK = re.compile(r"/c(/\d+)+$")  # the end of a shard's key
 _NAME = re.compile(r"^[A-Za-z0-9._=+,() -]{1,255}$")
 
 Answer = TypeVar("Answer")
@@ -260,11 +259,9 @@ class ObjectPath:
 
         store, write_id = self._store(), secrets.token_hex(16)
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        # In the array's folder, where partial files are swept: a killed writer leaves its upload there.
-        folder = replace(self, key=_CHUNK.sub("", self.key), e_tag="") if _CHUNK.search(self.key) else self.parent
         # Azure takes 5000 MiB in one put, and may go on copying after it has said that a copy was made.
         in_parts = size > SINGLE_PUT and self.scheme != "az"
-        large = folder / source.name if isinstance(source, Path) and in_parts else None
+        large = self.parent / source.name if isinstance(source, Path) and in_parts else None
 
         def put() -> str:
             body = source if isinstance(source, bytes) else _content(source)

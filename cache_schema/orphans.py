@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cache_schema import files, metadata
 from cache_schema.objects import ObjectPath, StorePath
-from cache_schema.planfile import is_columns, is_generation
+from cache_schema.planfile import is_generation
 from cache_schema.shard import is_shard
 from cache_schema.store import FeatureStore
 
@@ -37,11 +37,11 @@ def find(store: StorePath, *, dead_hosts: Collection[str] = frozenset()) -> list
             process of another machine lives cannot be known from here.
     """
     found = _look(store, dead_hosts)
-    unplanned = {orphan.path for orphan in found if orphan.kind == "unplanned"}
-    if not unplanned:
+    strangers = {orphan.path for orphan in found if orphan.kind != "partial"}
+    if not strangers:
         return found
     # Made by somebody after the plan was read and before the folder was: that is planned when all is read again.
-    return [orphan for orphan in _look(store, dead_hosts) if orphan.kind != "unplanned" or orphan.path in unplanned]
+    return [orphan for orphan in _look(store, dead_hosts) if orphan.kind == "partial" or orphan.path in strangers]
 
 
 def _look(store: StorePath, dead_hosts: Collection[str]) -> list[Orphan]:
@@ -78,20 +78,14 @@ def remove(orphan: Orphan) -> None:
 def _strangers(store: StorePath, modalities: Collection[str]) -> Iterator[StorePath]:
     roots = {modality.partition("/")[0] for modality in modalities}
     yield from _except(store, {"zarr.json", "plan", "videos", *roots}.__contains__)
-    yield from _except(store / "plan", lambda name: name == "zarr.json" or is_generation(name) or is_columns(name))
+    yield from _except(store / "plan", lambda name: name == "zarr.json" or is_generation(name))
     for modality in modalities:
         for parent in metadata.path_to(modality)[:-1]:
             inside = {m.removeprefix(f"{parent}/").partition("/")[0] for m in modalities if m.startswith(f"{parent}/")}
             yield from _except(store / parent, {"zarr.json", *inside}.__contains__)
         opened = FeatureStore.open(store, modality)
         array, shards = opened.layout.info.folder, opened.plan.num_shards
-        yield from _except(array, {"zarr.json", "c"}.__contains__)
-        yield from _except(array / "c", {str(number) for number in range(shards)}.__contains__)
-        for number in range(shards if isinstance(array, Path) else 0):  # there, one request for each
-            folder = array / "c" / str(number)
-            for _ in opened.spec.frame_shape:
-                yield from _except(folder, {"0"}.__contains__)
-                folder = folder / "0"
+        yield from _except(array, {"zarr.json", *map(opened.layout.info.shard_name, range(shards))}.__contains__)
 
 
 def _except(folder: StorePath, expected: Callable[[str], bool]) -> Iterator[StorePath]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
 from cache_schema import files, metadata
 from cache_schema.errors import CacheCorrupt, CacheError, SegmentFailed
@@ -95,22 +94,23 @@ def _sound_records(store: FeatureStore, number: int) -> dict[int, Record]:
     if shard is None:
         return {}
     records = read_records(store.layout, shard.file)
-    return {r.slot: r for r in records if r.ok and all(crc == crc32c(raw) for raw, crc in _frames(store, number, r))}
+    sound = store.layout.is_sound
+    return {r.slot: r for r in records if r.ok and all(sound(chunk) for chunk in _chunks(store, number, r))}
 
 
-def _frames(store: FeatureStore, number: int, record: Record) -> Iterator[tuple[bytes, int]]:
+def _chunks(store: FeatureStore, number: int, record: Record) -> Iterator[bytes]:
     layout = store.layout
     descriptor = files.open_regular(layout.info.shard_file(number))
     try:
-        for at, crc in enumerate(record.crc32c):
-            yield pread(descriptor, layout.frame_bytes, (record.slot + at) * layout.stride), crc
+        for at in range(len(record.frame_index)):
+            yield pread(descriptor, layout.chunk_bytes, (record.slot + at) * layout.stride)
     finally:
         os.close(descriptor)
 
 
 def _copy(store: FeatureStore, number: int, record: Record, writer: ShardWriter) -> None:
-    for raw, _ in _frames(store, number, record):
-        writer.append(np.frombuffer(raw, store.layout.row_dtype).reshape(1, *store.layout.row_shape))
+    for chunk in _chunks(store, number, record):
+        writer.append(np.frombuffer(chunk[:-4], store.layout.row_dtype).reshape(1, *store.layout.row_shape))
     writer.end(record.facts)
 
 

@@ -29,9 +29,8 @@ from cache_schema.plan import Plan, Segment, Task, as_frames
 from cache_schema.planfile import PlanFiles
 from cache_schema.quantize import ChannelScale
 from cache_schema.report import Missing, VideoStatus
-from cache_schema.shard import Layout, Record, Shard, identity_now, read_records, read_shard
+from cache_schema.shard import CRC, Layout, Record, Shard, frame_corrupt, identity_now, pread, read_records, read_shard
 from cache_schema.spec import FeatureSpec
-from cache_schema.write import frame_corrupt
 
 Array = npt.NDArray[Any]
 FrameIndex = Sequence[int] | npt.NDArray[np.integer]
@@ -444,7 +443,8 @@ class FeatureStore:
 
     def _verify(self, opened: reading.OpenShard, slots: Array, rows: Array, video_id: str) -> None:
         for row, slot in zip(rows, slots.tolist(), strict=True):
-            if crc32c(row.reshape(-1).view(np.uint8).data) != opened.shard.crcs[slot]:
+            crc = pread(opened.descriptor, CRC.size, slot * self.layout.stride + self.layout.frame_bytes)
+            if CRC.pack(crc32c(row.reshape(-1).view(np.uint8).data)) != crc:
                 record = opened.shard.record_at(slot)
                 raise frame_corrupt(opened.shard, video_id, record.frame_index[slot - record.slot])
 

@@ -216,17 +216,23 @@ def problems_of_frames(store: FeatureStore, number: int, shard: Shard, descripto
     """Every frame against its crc32c, and every byte between frames against zero, in an open file of the shard."""
     layout = store.layout
     used = int(np.flatnonzero(shard.present)[-1]) + 1 if shard.present.any() else 0
+    sums, sound = 0, True
     for slot in range(used):
         raw = memoryview(pread(descriptor, layout.stride, slot * layout.stride))
-        frame_bytes = layout.frame_bytes if shard.present[slot] else 0
-        if frame_bytes and crc32c(raw[:frame_bytes]) != shard.crcs[slot]:
+        chunk_bytes = layout.chunk_bytes if shard.present[slot] else 0
+        if chunk_bytes and not layout.is_sound(raw[:chunk_bytes]):
+            sound = False
             record = shard.record_at(slot)
             frame = record.frame_index[slot - record.slot]
             message = f"{shard.file}: frame {frame} of video {record.video_id!r} does not fit its crc32c"
             yield Problem(number, record.video_id, frame, "frame", message)
-        if np.frombuffer(raw[frame_bytes:], np.uint8).any():
+        sums = crc32c(raw[layout.frame_bytes : chunk_bytes], sums) if chunk_bytes else sums
+        if np.frombuffer(raw[chunk_bytes:], np.uint8).any():
             message = f"{shard.file}: the unused bytes of slot {slot} are not zero"
             yield Problem(number, None, None, "padding", message)
+    if sound and sums != shard.sums:
+        message = f"{shard.file}: its frames are sound, but not those that were written, or in another order"
+        yield Problem(number, None, None, "frames", message)
 
 
 def _absent(store: FeatureStore, number: int, *, deleted: bool) -> Problem:
@@ -237,9 +243,9 @@ def _absent(store: FeatureStore, number: int, *, deleted: bool) -> Problem:
 
 
 def _unplanned(store: FeatureStore) -> list[Problem]:
-    folder = store.layout.info.folder / "c"
-    planned = {str(number) for number in range(store.plan.num_shards)}
-    strangers = sorted(set(files.names_in(folder)) - planned)
+    folder, info = store.layout.info.folder, store.layout.info
+    planned = {info.shard_name(number) for number in range(store.plan.num_shards)}
+    strangers = sorted({name for name in files.names_in(folder) if name.startswith("c.")} - planned)
     return [
         Problem(None, None, None, "unplanned", f"{folder / name} is not in the plan: it was copied here by mistake")
         for name in strangers

@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
 from cache_schema import files
-from cache_schema.errors import CacheCorrupt, SegmentFailed
+from cache_schema.errors import SegmentFailed
 from cache_schema.plan import Part, Segment, Task
 from cache_schema.quantize import TooInexact
 from cache_schema.report import TaskReport, VideoStatus
-from cache_schema.shard import Record, Shard, ShardWriter, pread, read_footer, read_records
-
-if TYPE_CHECKING:
-    from cache_schema.store import FeatureStore
+from cache_schema.shard import Record, Shard, ShardWriter, frame_corrupt, pread, read_footer, read_records
+from cache_schema.store import FeatureStore
 
 Array = npt.NDArray[Any]
 Batch = TypeVar("Batch")
@@ -267,19 +264,13 @@ class _ModalityWriter:
         layout, writer = self.store.layout, self.shards[part.shard]
         descriptor = files.open_regular(shard.file)
         try:
-            for number, crc in enumerate(record.crc32c):
-                raw = pread(descriptor, layout.frame_bytes, (part.slot + number) * layout.stride)
-                if len(raw) != layout.frame_bytes or crc32c(raw) != crc:
-                    raise frame_corrupt(shard, record.video_id, record.frame_index[number])
-                writer.append(np.frombuffer(raw, layout.row_dtype).reshape(1, *layout.row_shape))
+            for number, frame in enumerate(record.frame_index):
+                chunk = pread(descriptor, layout.chunk_bytes, (part.slot + number) * layout.stride)
+                if not layout.is_sound(chunk):
+                    raise frame_corrupt(shard, record.video_id, frame)
+                writer.append(np.frombuffer(chunk[:-4], layout.row_dtype).reshape(1, *layout.row_shape))
         finally:
             os.close(descriptor)
-
-
-def frame_corrupt(shard: Shard, video_id: str, frame: int) -> CacheCorrupt:
-    """The error for a frame whose bytes changed since they were written."""
-    what = f"has a damaged frame: frame {frame} of video {video_id!r} does not fit its crc32c"
-    return CacheCorrupt.of_shard(shard.file, what, kind="frame", video_id=video_id, frame_index=frame)
 
 
 def as_stored(store: FeatureStore, batch: Array) -> Array:

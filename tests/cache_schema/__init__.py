@@ -65,6 +65,6 @@
 42  out of memory: the batch is halved once, same store         extract/test_interrupted.py::test_42_a_batch_too_large_is_halved_once_and_the_store_is_the_same
 47  forked DataLoader after zarr: no deadlock                   cache_schema/test_forked_loader.py::test_47_workers_read_after_the_parent_used_zarr_and_do_not_hang
 48  clock jumps: no order depends on the wall clock             cache_schema/test_damage.py::test_48_no_order_and_no_completeness_depends_on_the_times_of_files
-51  a million videos: opened in < 2 s, bounded memory           cache_schema/test_million.py::test_51_a_store_of_a_million_videos_opens_in_less_than_two_seconds_and_bounded_memory
+51  a million videos: opened in < 1 s, bounded memory           cache_schema/test_million.py::test_51_a_store_of_a_million_videos_opens_in_less_than_a_second_and_bounded_memory
 ==  ==========================================================  =====================================================
 """  # noqa: E501

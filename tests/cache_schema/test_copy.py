@@ -82,16 +82,16 @@ def test_what_is_not_extracted_yet_comes_with_the_next_copy(tmp_path):
 
 @pytest.mark.parametrize("offset", [33, 100, -1], ids=["in a frame", "between frames", "in the index"])
 def test_a_damaged_shard_is_named_and_not_copied_and_a_damaged_copy_is_replaced(source, tmp_path, offset):
-    sound, file = tree(source), source / "tokens/c/0/0/0"
+    sound, file = tree(source), source / "tokens/c.0.0.0"
     flip_bit(file, offset)
     results = copy_store(source, tmp_path / "copy")
     assert [len(result.damaged) for result in results] == [0, 1, 0]
     assert str(file) in results[1].damaged[0]
-    assert not (tmp_path / "copy/tokens/c/0").exists()
+    assert not (tmp_path / "copy/tokens/c.0.0.0").exists()
     flip_bit(file, offset)
     copy_store(source, tmp_path / "copy")
     assert tree(tmp_path / "copy") == sound
-    flip_bit(tmp_path / "copy/tokens/c/0/0/0", -1)
+    flip_bit(tmp_path / "copy/tokens/c.0.0.0", -1)
     assert counts(copy_store(source, tmp_path / "copy")) == [(0, 7), (1, 6), (0, 7)]
     assert tree(tmp_path / "copy") == sound
 

@@ -70,7 +70,7 @@ def storm(folder, kills, seed=0):
                 if place.value:  # one that had not begun does not count
                     killed += 1
         check_what_is_left(path, allowed=("missing", "videos_index"))
-        now = {name: data for name, data in tree(path).items() if "/c/" in name and name.startswith(tuple(SPECS))}
+        now = {name: data for name, data in tree(path).items() if "/c." in name and name.startswith(tuple(SPECS))}
         assert now.items() >= committed.items(), "a committed shard is gone or has changed"
         committed = now
         if any(child.exitcode == 0 for child in children):
@@ -189,4 +189,4 @@ def test_two_writers_of_the_same_tasks_make_one_store_without_loss(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
     for video, index in {**WANTED, "extra1": [1], "extra2": [2]}.items():
         assert (store.read(video, list(index), verify=True) == features("tokens", video, list(index))).all()
-    assert len(list((tmp_path / "cache.zarr/plan").glob("0*.json"))) == 2
+    assert len(list((tmp_path / "cache.zarr/plan").glob("0*.npz"))) == 2

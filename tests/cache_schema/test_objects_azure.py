@@ -56,7 +56,7 @@ def test_a_shard_of_any_size_goes_up_in_one_request_and_is_not_copied(az, azurit
         use_azure(monkeypatch, proxy.port)
         write_single(store, store.pending()[0], single())
     written = [path for method, path, _ in proxy.seen if method in ("PUT", "POST")]
-    assert [path.partition("/tokens/c/")[2] for path in written] == ["0/0/0"]
+    assert [path.partition("/tokens/c.")[2] for path in written] == ["0.0.0"]
 
 
 @pytest.mark.parametrize("large", [False, True])
