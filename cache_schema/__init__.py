@@ -8,9 +8,8 @@ from cache_schema.plan import Plan, Segment, Task
 from cache_schema.quantize import ChannelScale, TooInexact, calibrate
 from cache_schema.report import Missing, TaskReport, VideoStatus
 from cache_schema.spec import FeatureSpec
-from cache_schema.stats import FeatureStats
 from cache_schema.store import FeatureStore
-from cache_schema.write import SegmentResult, write_tasks_together
+from cache_schema.write import SegmentResult, write_task
 
 __all__ = [
     "CacheCorrupt",
@@ -19,7 +18,6 @@ __all__ = [
     "CacheMissing",
     "ChannelScale",
     "FeatureSpec",
-    "FeatureStats",
     "FeatureStore",
     "Missing",
     "Plan",
@@ -31,5 +29,5 @@ __all__ = [
     "TooInexact",
     "VideoStatus",
     "calibrate",
-    "write_tasks_together",
+    "write_task",
 ]

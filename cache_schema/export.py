@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 
 from cache_schema import files
 from cache_schema.errors import CacheMissing
 from cache_schema.index import index_arrays, write_index
-from cache_schema.shard import Layout, Shard, shard_index, used_slots
+from cache_schema.shard import CRC, Layout, Shard, shard_index, used_slots
 from cache_schema.store import FeatureStore
 
 Sample = tuple[str, dict[str, Any]]  # video id, and its arrays by name
@@ -59,7 +60,7 @@ def webdataset(stores: Mapping[str, FeatureStore], folder: Path, *, tar_bytes: i
 def plain(stores: Mapping[str, FeatureStore], folder: Path) -> Exported:
     """The same arrays as a Zarr that any v3 reader opens as it is: int8 frames become the float16 that a read gives.
 
-    It is no store of this package: shards have no footers, so no checksums, and what int8 lost stays lost (attribute
+    It is no store of this package: shards have no footers, and what int8 lost stays lost (attribute
     ``exported_from`` says how the numbers were made). Rows and the ``videos`` group are those of the store; a frame
     that is not there is NaN. The folder appears whole or not at all.
 
@@ -82,7 +83,7 @@ def plain(stores: Mapping[str, FeatureStore], folder: Path) -> Exported:
                 if found is None or not found.ok:
                     why = "not extracted" if found is None else f"{found.kind}: {found.reason}"
                     report.skipped.setdefault(segment.video_id, f"{name}: {why}")
-        write_index(aside, index_arrays(plan, status))
+        write_index(aside, lambda: index_arrays(plan, status))
     report.frames = sum(len(segment) for segment in plan.segments if segment.video_id not in report.skipped)
     report.videos = len(set(plan.videos) - report.skipped.keys())
     return report
@@ -130,7 +131,8 @@ def _write_metadata(folder: Path, stores: Mapping[str, FeatureStore], num_shards
             chunks=(1, *shape),
             shards=(store.shard_frames, *shape),
             dtype=store.spec.feature_dtype,
-            compressors=None,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            compressors=[{"name": "crc32c"}],
             filters=None,
             fill_value=float("nan"),
             attributes=made_by,
@@ -148,7 +150,8 @@ def _write_shard(store: FeatureStore, layout: Layout, number: int, shard: Shard)
                 rows = store.read(record.video_id, frames, verify=True).astype(layout.dtype, copy=False)
                 for at, row in enumerate(rows):
                     file.seek((record.slot + first + at) * layout.stride)
-                    file.write(row.tobytes())
+                    raw = row.tobytes()
+                    file.write(raw + CRC.pack(crc32c(raw)))
         file.truncate(used_slots(shard.records) * layout.stride)
         file.seek(0, os.SEEK_END)
         file.write(shard_index(layout, shard.present))

@@ -2,7 +2,7 @@
 
 A file appears under its final name complete or not at all: it is written to a hidden ``.partial`` file on the same
 file system, flushed to disk, linked to its name, and the folder is flushed. The link is the commit; it fails when the
-name exists, so of two writers the first wins.
+name exists, so of two writers the first wins. No lock is relied on: network file systems often grant them to everybody.
 
 Where a path is that of an object store, its partial files are local, the condition of the write is the commit, and
 there are no folders and no locks (``cache_schema.objects``).
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
@@ -19,10 +20,13 @@ import secrets
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
+from cache_schema import descriptors
 from cache_schema.errors import CacheCorrupt
 from cache_schema.objects import ObjectPath, StorePath
 
@@ -32,16 +36,35 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.E
 _FIRST_NAMESPACE = "pid:[4026531836]"  # of processes, on every Linux; a container has another one
 _PARTIAL = re.compile(r"^\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d{1,10})\.[0-9a-f]{8}\.partial$")
 _ours: set[Path] = set()  # partial files this process is working on
+STALE_LOOKS = 8  # at a file that is replaced on another machine again and again
+VISIBLE_S = 90.0  # a name made on another machine is seen by then: NFS keeps what it knows of a folder for up to 60 s
+
+Answer = TypeVar("Answer")
+
+
+def fresh(look: Callable[[], Answer]) -> Answer:
+    """What ``look`` gives; it looks again where NFS says that the file was replaced on another machine (ESTALE)."""
+    for _ in range(STALE_LOOKS):
+        try:
+            return look()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return look()
 
 
 def _host() -> str:
-    """This machine, or this container: where the numbers of processes mean the same."""
+    """Where the numbers of processes mean the same: this boot of this machine, in this container.
+
+    The name alone would not do: containers on different machines often share one.
+    """
     name = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "localhost"
     try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:13]
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:  # no Linux
         return name
-    return name if namespace == _FIRST_NAMESPACE else f"{name}-{namespace[5:-1]}"
+    return f"{name}-{boot}" if namespace == _FIRST_NAMESPACE else f"{name}-{boot}-{namespace[5:-1]}"
 
 
 HOST = _host()
@@ -77,6 +100,29 @@ def names_in(folder: StorePath) -> list[str]:
     if isinstance(folder, ObjectPath):
         return [entry.name for entry in folder.iterdir()]
     return os.listdir(folder) if folder.is_dir() else []
+
+
+def modified(path: StorePath) -> float:
+    """When a file or object was written, in seconds since 1970. Raises FileNotFoundError."""
+    return path.modified() if isinstance(path, ObjectPath) else fresh(lambda: os.lstat(path).st_mtime)
+
+
+def folders_in(folder: StorePath) -> list[StorePath]:
+    """The folders, or prefixes of objects, one step below; links are not followed."""
+    if isinstance(folder, ObjectPath):
+        return list(folder.folders())
+    return [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+
+
+def files_below(path: StorePath) -> Iterator[StorePath]:
+    """A file itself, or every file in a folder and its folders; links are not followed."""
+    if isinstance(path, ObjectPath):
+        yield from [path] if path.is_file() else path.files_below()
+    elif not path.is_dir() or path.is_symlink():
+        yield from [path] if os.path.lexists(path) else []
+    else:
+        for folder, _, names in os.walk(path):
+            yield from (Path(folder) / name for name in sorted(names))
 
 
 def sweep(folder: StorePath) -> list[StorePath]:
@@ -123,12 +169,17 @@ def open_regular(path: StorePath) -> int:
     """
     if isinstance(path, ObjectPath):
         return path.snapshot()
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK):
-            raise CacheCorrupt(f"{path} is a symbolic link; a cache holds its own files", file=path) from error
-        raise
+    while True:
+        try:
+            descriptor = fresh(lambda: os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+            break
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EMLINK):
+                raise CacheCorrupt(f"{path} is a symbolic link; a cache holds its own files", file=path) from error
+            if error.errno != errno.EMFILE:
+                raise
+            if not descriptors.relieve():
+                raise descriptors.too_many(path) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CacheCorrupt(f"{path} is not a regular file", file=path)
@@ -152,11 +203,15 @@ def read_bytes(path: StorePath, limit: int) -> bytes:
     if isinstance(path, ObjectPath):
         data = path.read_bytes(limit)
     else:
-        with os.fdopen(open_regular(path), "rb") as file:
-            data = file.read(limit + 1)
+        data = fresh(functools.partial(_read_file, path, limit + 1))
     if len(data) > limit:
         raise CacheCorrupt(f"{path} is larger than {limit} bytes", file=path)
     return data
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read(limit)
 
 
 def read_json(path: StorePath, limit: int) -> dict[str, object]:
@@ -203,7 +258,10 @@ def make_folder(folder: Path) -> None:
         missing.append(folder)
         folder = folder.parent
     for path in reversed(missing):
-        path.mkdir(exist_ok=True)
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            _wait_for(path)
         sync_folder(path.parent)
 
 
@@ -267,12 +325,13 @@ def publish(partial: Path, final: StorePath) -> bool:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            with locked(final.parent):
+            with _locked(final.parent):
                 if os.path.lexists(final):
                     return False
                 os.rename(partial, final)
     except FileExistsError:
-        return False
+        _wait_for(final)
+        return _is_same(partial, final)  # the answer to a first try was lost on the network
     else:
         sync_folder(final.parent)
         return True
@@ -280,14 +339,25 @@ def publish(partial: Path, final: StorePath) -> bool:
         discard(partial)
 
 
-def _upload(partial: Path, final: ObjectPath, replaced: str) -> bool:
-    from cache_schema import copies
+def _wait_for(path: Path) -> None:
+    """Until a name that exists can be seen from this machine. Raises FileNotFoundError when it never can."""
+    deadline = time.monotonic() + VISIBLE_S
+    while not os.path.lexists(path):
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(errno.ENOENT, "It exists but cannot be seen; somebody removes it again", str(path))
+        time.sleep(0.01)
 
+
+def _is_same(path: Path, other: Path) -> bool:
     try:
-        e_tag = final.exchange(partial, replaced) if replaced else final.create(partial)
-        if e_tag is not None:
-            copies.adopt(partial, final.pinned(e_tag))
-        return e_tag is not None
+        return os.path.samestat(os.lstat(path), os.lstat(other))
+    except FileNotFoundError:
+        return False
+
+
+def _upload(partial: Path, final: ObjectPath, replaced: str) -> bool:
+    try:
+        return (final.exchange(partial, replaced) if replaced else final.create(partial)) is not None
     finally:
         discard(partial)
 
@@ -317,6 +387,21 @@ def replace(partial: Path, final: StorePath) -> bool:
     return True
 
 
+def publish_or_replace(partial: Path, final: StorePath) -> None:
+    """Give a finished, flushed partial file its name, whatever bears it now; readers see the old or the new."""
+    if isinstance(final, ObjectPath):
+        try:
+            final = final.pinned(final.head()[1])
+        except FileNotFoundError:
+            publish(partial, final)
+        else:
+            replace(partial, final)  # in the place of this very version: what another writer put there is as good
+    elif os.path.lexists(final):
+        replace(partial, final)
+    else:
+        publish(partial, final)
+
+
 def replace_bytes(final: StorePath, data: bytes) -> bool:
     """``replace`` with a small file."""
     if isinstance(final, ObjectPath):
@@ -326,10 +411,22 @@ def replace_bytes(final: StorePath, data: bytes) -> bool:
     return replace(partial, final)
 
 
+def write_bytes(final: StorePath, data: bytes, store: StorePath) -> None:
+    """Make or replace a small file or object; readers see the old or the new. Its partial file lies in ``store``."""
+    if isinstance(final, ObjectPath):
+        final.write(data)
+        return
+    make_folder(final.parent)
+    partial = partial_path(store, final.name)
+    write_partial(partial, data)
+    replace(partial, final)
+
+
 def update(path: StorePath, limit: int, change: Callable[[bytes], bytes | None]) -> None:
     """Replace a small file by what ``change`` makes of it; None leaves it. Readers see the old or the new.
 
-    No writer's change is lost: the folder is locked, or the object is exchanged for the very version that was read.
+    An object is exchanged for the very version that was read. A file is not: of two changes at the same moment one may
+    be lost, so whoever needs his looks again.
     """
     if isinstance(path, ObjectPath):
         while True:
@@ -337,20 +434,14 @@ def update(path: StorePath, limit: int, change: Callable[[bytes], bytes | None])
             new = change(bytes(tail.data))
             if new is None or replace_bytes(tail.file, new):
                 return
-    with locked(path.parent):
-        new = change(read_bytes(path, limit))
-        if new is not None:
-            replace_bytes(path, new)
+    new = change(read_bytes(path, limit))
+    if new is not None:
+        replace_bytes(path, new)
 
 
 @contextmanager
-def locked(folder: StorePath) -> Iterator[None]:
-    """Hold the folder's advisory lock; it ends with the process. Without locks (some network file systems, object
-    stores) it goes unlocked.
-    """
-    if isinstance(folder, ObjectPath):
-        yield
-        return
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's advisory lock, where there are such locks; it ends with the process."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import numpy.typing as npt
 from cache_schema import files
 from cache_schema.connections import concurrently
 from cache_schema.errors import CacheCorrupt
-from cache_schema.objects import ObjectPath, StorePath
+from cache_schema.objects import StorePath
 from cache_schema.plan import Plan
 
 if TYPE_CHECKING:
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
 
 STATUS = {"not committed": 0, "ok": 1, "failed": 2}
 ROWS_PER_CHUNK = 1 << 20
+ROUNDS = 10  # of two finalizations that meet
 
 Array = npt.NDArray[Any]
 
@@ -46,56 +45,56 @@ def index_arrays(plan: Plan, status: Mapping[str, Sequence[int]]) -> dict[str, A
     return arrays | {f"status/{name}": np.array(values, np.uint8) for name, values in status.items()}
 
 
-def write_index(store: StorePath, arrays: Mapping[str, Array]) -> None:
-    """Put these arrays in the place of the ``videos`` group, unless it holds exactly them already.
+def write_index(store: StorePath, derive: Callable[[], Mapping[str, Array]]) -> None:
+    """Bring the ``videos`` group to what ``derive`` gives, unless it holds exactly that already.
 
-    The new group is written aside and flushed before it is renamed into place, so no reader sees half of it. The
-    caller holds the store's lock. An object store has no renames: see ``_write_objects``.
+    Every file is replaced whole. The group's own comes last and goes first, so that a reader who begins there sees
+    nothing half made. Two who write at once do not wait for each other: each looks again at what lies there when it has
+    written, and derives anew where that is not its own. So the one who ends last leaves one index, and the right one.
     """
-    wanted = _group_files(arrays)
-    if isinstance(store, ObjectPath):
-        _write_objects(store / "videos", wanted)
-        return
-    final = store / "videos"
-    if _holds(final, wanted):
-        return
-    aside, old = files.partial_path(store, "videos"), files.partial_path(store, "videos-old")
-    try:
-        for name, data in wanted.items():
-            files.make_folder((aside / name).parent)
-            files.write_partial(aside / name, data)
-        for path, _, _ in os.walk(aside):
-            files.sync_folder(Path(path))
-        if os.path.lexists(final):
-            os.rename(final, old)
-        os.rename(aside, final)
-        files.sync_folder(store)
-    finally:
-        files.discard(aside)
-        files.discard(old)
+    folder = store / "videos"
+    for _ in range(ROUNDS):
+        wanted = _group_files(derive())
+        if not _write_what_differs(folder, wanted) or not _differing(folder, wanted):
+            return
 
 
-def _write_objects(folder: ObjectPath, wanted: Mapping[str, bytes]) -> None:
-    """Chunks before the metadata that names them, the group last; what a shorter index leaves behind is removed.
-
-    A reader between two of these writes can see arrays of two ages. The index is derived, and the next run mends it.
-    """
+def _write_what_differs(folder: StorePath, wanted: Mapping[str, bytes]) -> bool:
+    """Whether anything was written. Chunks first, then the metadata that names them."""
+    differing = _differing(folder, wanted)
+    stale = sorted(_chunks_there(folder, wanted) - wanted.keys())
+    if not differing and not stale:
+        return False
+    files.remove(folder / "zarr.json")
+    metadata = {name for name in wanted if name.endswith("zarr.json")}
 
     def write(name: str) -> None:
-        try:
-            if (folder / name).read_bytes(len(wanted[name])) == wanted[name]:
-                return
-        except FileNotFoundError:
-            pass
-        (folder / name).write(wanted[name])
+        files.write_bytes(folder / name, wanted[name], folder.parent)
 
-    metadata = [name for name in wanted if name.endswith("zarr.json")]
-    concurrently(write, sorted(wanted.keys() - set(metadata)))
-    for name in sorted(metadata, key=lambda name: (-name.count("/"), name)):
+    concurrently(write, sorted(differing - metadata))
+    for name in sorted(differing & metadata | {"zarr.json"}, key=lambda name: (-name.count("/"), name)):
         write(name)
-    for chunks in {name.rpartition("/")[0] for name in wanted if "/c/" in name}:
-        for stale in (entry for entry in (folder / chunks).iterdir() if f"{chunks}/{entry.name}" not in wanted):
-            stale.delete()
+    for name in stale:
+        files.remove(folder / name)
+    return True
+
+
+def _differing(folder: StorePath, wanted: Mapping[str, bytes]) -> set[str]:
+    """The files that are not what they should be."""
+
+    def differs(name: str) -> bool:
+        try:
+            return files.read_bytes(folder / name, len(wanted[name])) != wanted[name]
+        except (FileNotFoundError, NotADirectoryError, CacheCorrupt):
+            return True
+
+    names = sorted(wanted)
+    return {name for name, different in zip(names, concurrently(differs, names), strict=True) if different}
+
+
+def _chunks_there(folder: StorePath, wanted: Mapping[str, bytes]) -> set[str]:
+    places = {name.rpartition("/")[0] for name in wanted if "/c/" in name}
+    return {f"{place}/{name}" for place in places for name in files.names_in(folder / place) if name[0] != "."}
 
 
 def _group_files(arrays: Mapping[str, Array]) -> dict[str, bytes]:
@@ -107,13 +106,10 @@ def _group_files(arrays: Mapping[str, Array]) -> dict[str, bytes]:
     for name, array in arrays.items():
         chunks = (max(1, min(len(array), ROWS_PER_CHUNK)),)
         fill_value = -1 if name == "frame_index" else 0
-        group.create_array(name, data=array, chunks=chunks, compressors=None, filters=None, fill_value=fill_value)
+        # Chunks of nothing but the fill value, too: an older one of another length may lie there.
+        plain: dict[str, Any] = {"compressors": None, "filters": None, "config": {"write_empty_chunks": True}}
+        group.create_array(name, data=array, chunks=chunks, fill_value=fill_value, **plain)
     return {name: memory[name].to_bytes() for name in sorted(memory)}
-
-
-def _holds(folder: Path, wanted: Mapping[str, bytes]) -> bool:
-    there = {str((Path(path) / name).relative_to(folder)) for path, _, names in os.walk(folder) for name in names}
-    return there == wanted.keys() and all((folder / name).read_bytes() == data for name, data in wanted.items())
 
 
 def read_index(store: StorePath, plan: Plan, modality: str) -> dict[str, Array] | None:
@@ -123,7 +119,7 @@ def read_index(store: StorePath, plan: Plan, modality: str) -> dict[str, Array] 
     the plan and then shorter; ``status`` is empty when it is older than the modality. Raises CacheCorrupt.
     """
     folder = store / "videos"
-    if not folder.is_dir():
+    if not (folder / "zarr.json").exists():
         return None
     expected = index_arrays(plan, {modality: [0] * len(plan.segments)})
     arrays = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from cache_schema.quantize import CODEC_NAME, ChannelScale
 from cache_schema.spec import FeatureSpec
 
 FORMAT = "diff-lmm-cache"
-FORMAT_VERSION = 2  # the newest that is read; 2 is written where an int8 array is, 1 elsewhere
+FORMAT_VERSION = 3  # the only one that is written and read; the first two were never released
 _MODALITY = re.compile(r"^(?!plan(/|$)|videos(/|$))[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*){0,2}$")
 _HELP = {"tokens": "pipeline extract-clip", "pooled": "pipeline extract-teacher"}
 
@@ -47,8 +47,12 @@ class ArrayInfo:
         return self.folder / "zarr.json"
 
     def shard_file(self, shard: int) -> StorePath:
-        """Where shard number ``shard`` is: Zarr's default chunk key, such as ``c/17/0/0``."""
-        return self.folder.joinpath("c", str(shard), *("0" for _ in self.spec.frame_shape))
+        """Where shard number ``shard`` is: its chunk key in Zarr, such as ``c.17.0.0``."""
+        return self.folder / self.shard_name(shard)
+
+    def shard_name(self, shard: int) -> str:
+        """The last part of ``shard_file``."""
+        return ".".join(["c", str(shard), *("0" for _ in self.spec.frame_shape)])
 
 
 def path_to(modality: str) -> list[str]:
@@ -57,11 +61,13 @@ def path_to(modality: str) -> list[str]:
     return ["/".join(names[: depth + 1]) for depth in range(len(names))]
 
 
-def newer_format(file: StorePath, version: int, newest: int = FORMAT_VERSION) -> CacheMismatch:
-    """The error for a file that a later program wrote."""
+def other_format(file: StorePath, version: object) -> CacheMismatch:
+    """The error for a file of another format version."""
+    newer = isinstance(version, int) and version > FORMAT_VERSION
+    maker = "the newer program that made it" if newer else "the program that made it"
     return CacheMismatch(
-        f"{file}: format_version is {version}; this program reads up to {newest}.\n"
-        "Use the newer program that made it, or make another store in a new folder:"
+        f"{file}: format_version is {version}; this program reads {FORMAT_VERSION}.\n"
+        f"Use {maker}, or extract again into a new folder:"
     )
 
 
@@ -81,30 +87,33 @@ def create_group(store: StorePath, shard_frames: int) -> None:
     if not 1 <= shard_frames <= MAX_SHARD_FRAMES:
         raise ValueError(f"shard_frames must be 1..{MAX_SHARD_FRAMES}, not {shard_frames}")
     if not (store / "zarr.json").exists():
-        attributes = {"format": FORMAT, "format_version": 1, "shard_frames": shard_frames}
+        attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, "shard_frames": shard_frames}
         files.publish_bytes(store / "zarr.json", _made_by_zarr("", group=attributes))
     if (store / "plan" / "zarr.json").exists():
         return
     # The plan's files lie inside a node of the hierarchy, or zarr would warn of a stray folder at every listing.
-    label = {"about": "one JSON file per generation of the plan; see FORMAT.md of diff-lmm"}
+    label = {"about": "one .npz file per growth of the plan; see FORMAT.md of diff-lmm"}
     plan = {"shape": (0,), "chunks": (1,), "dtype": "uint8", "compressors": None, "filters": None, "attributes": label}
     files.publish_bytes(store / "plan" / "zarr.json", _made_by_zarr("plan", array=plan))
+
+
+def create_parents(store: StorePath, modality: str) -> None:
+    """Write the groups above an array, those that do not exist."""
+    for parent in path_to(modality)[:-1]:
+        if not (store / parent / "zarr.json").exists():
+            files.publish_bytes(store / parent / "zarr.json", _made_by_zarr("", group={}))
 
 
 def create_array(info: ArrayInfo) -> None:
     """Write the array's zarr.json with no rows, unless it exists."""
     if info.metadata_file.exists():
         return
-    for parent in path_to(info.modality)[:-1]:
-        if not (info.store / parent / "zarr.json").exists():
-            files.publish_bytes(info.store / parent / "zarr.json", _made_by_zarr("", group={}))
     shape = info.spec.frame_shape
     attributes = {"feature_spec": info.spec.to_json(), "feature_spec_digest": info.spec.digest()}
     serializer: dict[str, object] = {}
     if (scale := info.channel_scale) is not None:
         from cache_schema.codec import Int8Codec
 
-        _need_version_2(info.store)
         serializer = {"serializer": Int8Codec(scale.to_json())}
         measured = {"frames": scale.frames, "error": scale.error, "min_cosine": scale.min_cosine}
         attributes["quantization"] = {**measured, "channel_scale_digest": scale.digest}
@@ -113,26 +122,15 @@ def create_array(info: ArrayInfo) -> None:
         "chunks": (1, *shape),
         "shards": (info.shard_frames, *shape),
         "dtype": info.spec.feature_dtype,
-        "compressors": None,  # zarr's default is zstd: 7 % smaller and 19 times the read time on such features
+        "chunk_key_encoding": {"name": "default", "separator": "."},  # no folders: two flushes fewer a shard
+        # Every Zarr reader checks every frame. Its default, zstd, saves 7 % and takes 19 times the read time.
+        "compressors": [{"name": "crc32c"}],
         "filters": None,
         "fill_value": float("nan"),  # a hole is loud; zero would be a plausible feature
         "attributes": attributes,
         **serializer,
     }
     files.publish_bytes(info.metadata_file, _made_by_zarr(info.modality, array=array))
-
-
-def _need_version_2(store: StorePath) -> None:
-    """Mark the store, so that a program that knows no int8 refuses it by its version."""
-
-    def marked(data: bytes) -> bytes | None:
-        document = files.parse_json(data)
-        attributes = document.get("attributes")
-        if not isinstance(attributes, dict) or attributes.get("format_version") != 1:
-            return None
-        return _metadata_bytes({**document, "attributes": {**attributes, "format_version": 2}})
-
-    files.update(store / "zarr.json", files.MAX_METADATA_BYTES, marked)
 
 
 def _made_by_zarr(
@@ -171,8 +169,8 @@ def read_group(store: StorePath) -> int:
     version = attributes.get("format_version")
     if type(version) is not int or version < 1:
         raise CacheCorrupt(f"{file}: attributes.format_version must be a positive integer, not {version!r}", file=file)
-    if version > FORMAT_VERSION:
-        raise newer_format(file, version)
+    if version != FORMAT_VERSION:
+        raise other_format(file, version)
     shard_frames = attributes.get("shard_frames")
     if type(shard_frames) is not int or not 1 <= shard_frames <= MAX_SHARD_FRAMES:
         raise CacheCorrupt(
@@ -240,7 +238,7 @@ def _expected_array(spec: FeatureSpec, shard_frames: int, scale: ChannelScale | 
     int8 = {"name": CODEC_NAME, "configuration": {"channel_scale": scale.to_json()}} if scale is not None else None
     sharding = {
         "chunk_shape": [1, *spec.frame_shape],
-        "codecs": [int8 or little],
+        "codecs": [int8 or little, {"name": "crc32c"}],
         "index_codecs": [little, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -249,7 +247,7 @@ def _expected_array(spec: FeatureSpec, shard_frames: int, scale: ChannelScale | 
         "node_type": "array",
         "data_type": spec.feature_dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_frames, *spec.frame_shape]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": "NaN",
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "storage_transformers": [],
@@ -269,19 +267,22 @@ def _whole_shards(rows: object, shard_frames: int) -> bool:
     return type(rows) is int and rows >= 0 and rows % shard_frames == 0
 
 
-def grow_array(info: ArrayInfo, num_shards: int) -> None:
-    """Make the array long enough for this many shards; it never shrinks. Only zarr.json is written."""
-    rows = num_shards * info.shard_frames
-    if _rows(info) >= rows:
-        return
+def grow_array(info: ArrayInfo, num_shards: Callable[[], int]) -> None:
+    """Make the array long enough for the shards of the plan; it never shrinks. Only zarr.json is written.
 
-    def grown(data: bytes) -> bytes | None:
-        document = files.parse_json(data)
-        if _checked_rows(info, document) >= rows:
-            return None
-        return _metadata_bytes({**document, "shape": [rows, *info.spec.frame_shape]})
+    Args:
+        num_shards: those of the plan as it is now. It is asked again after each write: of two writers that change the
+            file at the same moment, the one whose change came last finds what the other one's plan needs.
+    """
+    while _rows(info) < (rows := num_shards() * info.shard_frames):
 
-    files.update(info.metadata_file, files.MAX_METADATA_BYTES, grown)
+        def grown(data: bytes, rows: int = rows) -> bytes | None:
+            document = files.parse_json(data)
+            if _checked_rows(info, document) >= rows:
+                return None
+            return _metadata_bytes({**document, "shape": [rows, *info.spec.frame_shape]})
+
+        files.update(info.metadata_file, files.MAX_METADATA_BYTES, grown)
 
 
 def _rows(info: ArrayInfo) -> int:
@@ -298,6 +299,26 @@ def _checked_rows(info: ArrayInfo, document: Mapping[str, object]) -> int:
 def list_modalities(store: StorePath) -> list[str]:
     """Names of the feature arrays in a store, sorted."""
     return sorted(_walk(store, ""))
+
+
+def lost_modalities(store: StorePath) -> dict[str, str]:
+    """Modality -> why it must have been there, of those whose zarr.json is gone."""
+    named = dict.fromkeys(_with_chunks(store / "videos" / "status", ""), "the index of the store names it")
+    named |= dict.fromkeys(_with_chunks(store, ""), "shards lie there")
+    present = set(list_modalities(store))
+    return {name: why for name, why in sorted(named.items()) if name not in present}
+
+
+def _with_chunks(place: StorePath, prefix: str) -> Iterator[str]:
+    """Names of modalities whose folder in ``place`` holds chunks, with or without a zarr.json."""
+    for own_name in sorted(files.names_in(place / prefix)):
+        name = f"{prefix}/{own_name}" if prefix else own_name
+        if not _MODALITY.match(name):
+            continue
+        if any(own.startswith("c.") for own in files.names_in(place / name)):
+            yield name
+        else:
+            yield from _with_chunks(place, name)
 
 
 def _walk(store: StorePath, prefix: str) -> Iterator[str]:

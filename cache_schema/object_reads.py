@@ -1,20 +1,15 @@
 """Frames out of an object store: neighbouring frames in one GET, several GETs at a time, every checksum checked.
 
-What came over a network or from a local copy is always checked. A shard of a store on a local disk never comes here.
+What came over a network is always checked. A shard of a store on a local disk never comes here.
 """
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
-from cache_schema import copies
-from cache_schema.errors import CacheCorrupt
 from cache_schema.objects import RANGE, ObjectPath
-from cache_schema.shard import Layout, Shard, pread
+from cache_schema.shard import Layout, Shard
 
 GAP = 1 << 20  # bytes that are read and dropped rather than asked around: 10 ms at 100 MB/s, less than one more request
 
@@ -29,19 +24,17 @@ def read_slots(layout: Layout, shard: Shard, slots: npt.NDArray[np.int64], rows:
     """
     if not isinstance(shard.file, ObjectPath):
         raise AssertionError("a shard of an object store")
-    if _from_copy(layout, shard, shard.file, slots, rows):
-        return None
     order = np.argsort(slots, kind="stable")
     wanted, first = np.unique(slots[order], return_index=True)
     positions = dict(zip(wanted.tolist(), np.split(order, first[1:]), strict=True))  # slot -> rows that want it
     spans = _spans(layout, wanted)
-    bounds = [(span[0] * layout.stride, span[-1] * layout.stride + layout.frame_bytes) for span in spans]
+    bounds = [(span[0] * layout.stride, span[-1] * layout.stride + layout.chunk_bytes) for span in spans]
     for span, (start, _), data in zip(spans, bounds, shard.file.fetch(bounds), strict=True):
         for slot in span:
-            raw = data[slot * layout.stride - start :][: layout.frame_bytes]
-            if len(raw) != layout.frame_bytes or crc32c(raw) != shard.crcs[slot]:
+            chunk = data[slot * layout.stride - start :][: layout.chunk_bytes]
+            if not layout.is_sound(chunk):
                 return int(positions[slot][0])
-            rows[positions[slot]] = np.frombuffer(raw, np.uint8)
+            rows[positions[slot]] = np.frombuffer(chunk, np.uint8, layout.frame_bytes)
     return None
 
 
@@ -49,33 +42,9 @@ def _spans(layout: Layout, slots: npt.NDArray[np.int64]) -> list[list[int]]:
     """Sorted slots in groups, one GET each: close together, and at most ``RANGE`` bytes unless it is one frame."""
     spans: list[list[int]] = []
     for slot in slots.tolist():
-        near = spans and (slot - spans[-1][-1]) * layout.stride - layout.frame_bytes <= GAP
-        if near and (slot - spans[-1][0]) * layout.stride + layout.frame_bytes <= RANGE:
+        near = spans and (slot - spans[-1][-1]) * layout.stride - layout.chunk_bytes <= GAP
+        if near and (slot - spans[-1][0]) * layout.stride + layout.chunk_bytes <= RANGE:
             spans[-1].append(slot)
         else:
             spans.append([slot])
     return spans
-
-
-def _from_copy(layout: Layout, shard: Shard, file: ObjectPath, slots: npt.NDArray[np.int64], rows: Rows) -> bool:
-    """Read from the local copy, where copies are kept. False when there is none or a frame in it is damaged."""
-    size = shard.identity[1]
-    descriptor = copies.open_copy(file, size, lambda descriptor: check_frames(layout, shard, descriptor))
-    if descriptor is None:
-        return False
-    try:
-        for row, slot in zip(rows, slots.tolist(), strict=True):
-            got = os.preadv(descriptor, [row.data], slot * layout.stride)
-            if got != layout.frame_bytes or crc32c(row.data) != shard.crcs[slot]:
-                copies.drop(file, size)
-                return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def check_frames(layout: Layout, shard: Shard, descriptor: int) -> None:
-    """Raise CacheCorrupt unless every frame in this file fits its checksum in the shard's footer."""
-    for slot in np.flatnonzero(shard.present).tolist():
-        if crc32c(pread(descriptor, layout.frame_bytes, slot * layout.stride)) != shard.crcs[slot]:
-            raise CacheCorrupt.of_shard(shard.file, f"has a damaged frame in slot {slot}", kind="frame")

@@ -27,23 +27,14 @@ RANGE = 8 << 20  # bytes of one GET
 MAX_SHARD_OBJECT = 5 * 10**9  # frames of one shard; S3 copies at most 5 GiB in one request
 LOOKS = 20  # at an object that is replaced again and again while its end is read in two requests
 ATTEMPTS = 3  # at one commit whose answers are lost, on top of the library's retries of one request
-# The end of a shard: its index (at most 16 MiB) and the trailer, whose checksum covers the footer with all checksums.
+# The end of a shard: index (at most 16 MiB) and trailer; its checksum covers the footer, and that all the frames.
 _COMPARED = 17 << 20
 WRITE_ID = "writeid"  # letters only: Azure allows no hyphen in the name of metadata
 _URL = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)$", re.DOTALL)
 _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{1,221}$")
-_CHUNK = re.compile(r"/c(/\d+)+$")  # the end of a shard's key
 _NAME = re.compile(r"^[A-Za-z0-9._=+,() -]{1,255}$")
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class LocalCopies:
-    """Where whole shards are kept on a local disk, and how many bytes of them (``cache_schema.copies``)."""
-
-    folder: Path
-    budget: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,6 @@ class ObjectPath:
     bucket: str
     key: str
     root: str = field(compare=False, repr=False)
-    local: LocalCopies | None = field(default=None, compare=False, repr=False)
     e_tag: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -100,6 +90,12 @@ class ObjectPath:
         meta = self._ask("looking at", lambda: obstore.head(self._store(), self.key))
         return meta["size"], meta["e_tag"] or ""
 
+    def modified(self) -> float:
+        """When it was written, by the store's clock: seconds since 1970. Raises FileNotFoundError, StoreUnavailable."""
+        import obstore
+
+        return self._ask("looking at", lambda: obstore.head(self._store(), self.key))["last_modified"].timestamp()
+
     def is_file(self) -> bool:
         """Whether there is such an object."""
         try:
@@ -122,6 +118,22 @@ class ObjectPath:
         found = self._ask("listing", lambda: obstore.list_with_delimiter(self._store(), prefix))
         keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
         yield from (self / key.rstrip("/").rpartition("/")[2] for key in sorted(keys))
+
+    def folders(self) -> Iterator[ObjectPath]:
+        """The prefixes one step below."""
+        import obstore
+
+        prefix = f"{self.key}/" if self.key else ""
+        found = self._ask("listing", lambda: obstore.list_with_delimiter(self._store(), prefix))
+        yield from (self / key.rstrip("/").rpartition("/")[2] for key in sorted(found["common_prefixes"]))
+
+    def files_below(self) -> Iterator[ObjectPath]:
+        """Every object below this key, as far as a listing knows them."""
+        import obstore
+
+        prefix = f"{self.key}/" if self.key else ""
+        found = self._ask("listing", lambda: obstore.list(self._store(), prefix).collect())
+        yield from (replace(self, key=entry["path"], e_tag="") for entry in found)
 
     # --- reading
 
@@ -163,10 +175,7 @@ class ObjectPath:
         return os.dup(_snapshot(self.pinned(e_tag), e_tag, size).fileno())
 
     def scratch(self) -> Path:
-        """The local folder where shards lie before they are uploaded: that of the copies, else below TMPDIR."""
-        if self.local is not None:
-            self.local.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return self.local.folder
+        """The local folder where shards lie before they are uploaded, below TMPDIR."""
         folder = Path(tempfile.gettempdir()) / f"diff-lmm-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -250,11 +259,9 @@ class ObjectPath:
 
         store, write_id = self._store(), secrets.token_hex(16)
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        # In the array's folder, where partial files are swept: a killed writer leaves its upload there.
-        folder = replace(self, key=_CHUNK.sub("", self.key), e_tag="") if _CHUNK.search(self.key) else self.parent
         # Azure takes 5000 MiB in one put, and may go on copying after it has said that a copy was made.
         in_parts = size > SINGLE_PUT and self.scheme != "az"
-        large = folder / source.name if isinstance(source, Path) and in_parts else None
+        large = self.parent / source.name if isinstance(source, Path) and in_parts else None
 
         def put() -> str:
             body = source if isinstance(source, bytes) else _content(source)
@@ -379,14 +386,14 @@ def _content(file: Path) -> bytes | mmap.mmap:
 StorePath = Path | ObjectPath
 
 
-def locate(store: str | os.PathLike[str] | ObjectPath, local: LocalCopies | None = None) -> StorePath:
+def locate(store: str | os.PathLike[str] | ObjectPath) -> StorePath:
     """A folder, or ``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``.
 
     Raises:
         ValueError: another kind of URL, or one with credentials or options in it; what it holds is not repeated.
     """
     if isinstance(store, ObjectPath):
-        return replace(store, local=local) if local else store
+        return store
     match = _URL.match(os.fspath(store))
     if match is None:
         return Path(store)
@@ -407,7 +414,7 @@ def locate(store: str | os.PathLike[str] | ObjectPath, local: LocalCopies | None
             "not a usable cache URL: a bucket of letters, digits and .-_, then names without control characters or "
             "doubled slashes.\nExample:  s3://bucket/lvu/features"
         )
-    return ObjectPath(scheme, bucket, key, root=f"{scheme}://{rest}", local=local)
+    return ObjectPath(scheme, bucket, key, root=f"{scheme}://{rest}")
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,6 +8,7 @@ shard, so nothing that was planned ever moves.
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ class Segments(Sequence[Segment]):
         self._few = _by_id(chain.from_iterable(block for block in self.blocks if isinstance(block, tuple)))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, at):  # type: ignore[no-untyped-def]  # the overloads of Sequence say more than they help
         if isinstance(at, slice):
@@ -110,6 +111,11 @@ class Segments(Sequence[Segment]):
 
     def __iter__(self) -> Iterator[Segment]:
         return chain.from_iterable(self.blocks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (tuple, Segments)) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __add__(self, more: tuple[Segment, ...]) -> Segments:
         return Segments((*self.blocks, more))
@@ -365,66 +371,6 @@ def from_runs(runs: object) -> tuple[int, ...]:
 def every(first: int, step: int, count: int) -> tuple[int, ...]:
     """The frame indices of one run: one tuple for all videos that have the same frames, as most have."""
     return tuple(range(first, first + step * count, step))
-
-
-def generation_document(before: Plan, after: Plan) -> dict[str, object]:
-    """What ``after`` adds to ``before``, as the JSON of one generation file (FORMAT.md)."""
-    added = after.segments[len(before.segments) :]
-    return {
-        "shard_frames": after.shard_frames,
-        "first_shard": before.num_shards,
-        "segments": [{"video": s.video_id, "start": s.start, "frames": to_runs(s.frame_index)} for s in added],
-    }
-
-
-def apply_generation(plan: Plan, document: Mapping[str, object]) -> Plan:
-    """The plan with the segments of one generation file.
-
-    Raises:
-        ValueError: the document does not continue this plan (wrong shard size, overlapping rows, a frame planned twice,
-            a short video across shards); the message names the field.
-    """
-    if document.get("shard_frames") != plan.shard_frames:
-        raise ValueError(f"shard_frames is {document.get('shard_frames')!r}, the store has {plan.shard_frames}")
-    if document.get("first_shard") != plan.num_shards:
-        raise ValueError(f"first_shard is {document.get('first_shard')!r}, the plan so far ends at {plan.num_shards}")
-    records = document.get("segments")
-    if not isinstance(records, list) or not records:
-        raise ValueError("segments must be a list that is not empty")
-    added = tuple(_segment(record) for record in records)
-    _check_rows(plan, added)
-    for video_id, frames in _by_video(added).items():
-        if len(frames) != len(set(frames)) or (plan.find(video_id, frames) >= 0).any():
-            raise ValueError(f"video {video_id!r} has a frame that is planned twice")
-    return Plan(plan.shard_frames, plan.segments + added)
-
-
-def _segment(record: object) -> Segment:
-    if not isinstance(record, dict) or not isinstance(record.get("video"), str) or type(record.get("start")) is not int:
-        raise ValueError("a segment must have a text `video`, an integer `start`, and `frames`")
-    check_video_id(record["video"])
-    frames = from_runs(record.get("frames"))
-    if not frames:
-        raise ValueError(f"the segment of video {record['video']!r} has no frames")
-    return Segment(record["video"], frames, record["start"])
-
-
-def _check_rows(plan: Plan, added: Iterable[Segment]) -> None:
-    size, free = plan.shard_frames, plan.num_shards * plan.shard_frames
-    for segment in added:
-        inside = segment.start // size == (segment.stop - 1) // size
-        if segment.start < free or not (inside or segment.start % size == 0):
-            raise ValueError(f"the segment of video {segment.video_id!r} at row {segment.start} is not where it may be")
-        if not inside and len(segment) <= size:
-            raise ValueError(f"the segment of video {segment.video_id!r} at row {segment.start} crosses shards")
-        free = segment.stop if len(segment) <= size else -(-segment.stop // size) * size
-
-
-def _by_video(segments: Iterable[Segment]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for segment in segments:
-        found.setdefault(segment.video_id, []).extend(segment.frame_index)
-    return found
 
 
 def shorten(numbers: Sequence[int], limit: int = 8) -> str:

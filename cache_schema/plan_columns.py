@@ -1,39 +1,48 @@
-"""One growth of a large plan as columns, so that a store of a million videos opens in a moment.
+"""One growth of the plan as it lies on disk: an uncompressed ``.npz`` (FORMAT.md), and the segments in it.
 
-``plan/000000.columns`` stands beside a large ``plan/000000.json`` and says the same; Python needs 15 s for that
-many JSON objects. It is derived: it names the JSON by its size and crc32c, and where it is absent, damaged or of
-another file, the JSON is read.
+A million segments are a few arrays, so a plan opens in a moment; a segment is made when it is asked for. ``pack`` and
+``unpack`` are the only places that know the file, and ``unpack`` the only one that knows the rules of a plan.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import operator
-import struct
+import zipfile
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
-from cache_schema.plan import MAX_FRAME_INDEX, MAX_ID_BYTES, MAX_SEGMENT_FRAMES, Plan, Segment, Segments, every, to_runs
+from cache_schema.plan import (
+    MAX_FRAME_INDEX,
+    MAX_ID_BYTES,
+    MAX_SEGMENT_FRAMES,
+    Plan,
+    Segment,
+    Segments,
+    every,
+    to_runs,
+)
 
-MAGIC, VERSION = b"DLMMPLAN", 1
-# Magic, version, crc32c of the JSON, its bytes; S, first shard, segments, runs, bytes of ids; crc32c of all the rest.
-HEADER = struct.Struct("<8sIIQQQQQQI")
+PLAN_VERSION = 3
+# Arrays by name: type, and number of axes. ``about`` is the version, S, and the shards of all earlier growths.
+ARRAYS = {"about": ("<i8", 1), "start": ("<i8", 1), "run_at": ("<i8", 1), "runs": ("<i4", 2), "id": ("|u1", 1)}
+
+Rows = npt.NDArray[np.int64]
+
+
+class OtherVersion(ValueError):
+    """The file is of another version, ``args[0]``."""
 
 
 class Columns(Sequence[Segment]):
     """The segments of one growth, sorted by id and by row; each is made when it is asked for."""
 
-    def __init__(
-        self,
-        starts: npt.NDArray[np.int64],
-        run_at: npt.NDArray[np.int64],
-        runs: npt.NDArray[np.int32],
-        ids: list[bytes],
-    ) -> None:
+    def __init__(self, starts: Rows, run_at: Rows, runs: npt.NDArray[np.int32], ids: list[bytes]) -> None:
         self.starts, self.ids = starts, ids
         self._run_at, self._runs = run_at, runs  # runs [m, 3] of segment i: those from run_at[i] to run_at[i + 1]
 
@@ -61,81 +70,123 @@ class Columns(Sequence[Segment]):
         return segment
 
 
-def pack(before: Plan, added: Sequence[Segment], document: bytes) -> bytes:
-    """The columns file for a growth of ``before`` whose JSON is ``document``."""
+def pack(before: Plan, added: Sequence[Segment]) -> bytes:
+    """The file of a growth of ``before``. The same growth gives the same bytes."""
     runs = [to_runs(segment.frame_index) for segment in added]
-    starts = np.array([segment.start for segment in added], "<i8")
-    run_at = np.cumsum([0, *map(len, runs)]).astype("<i8")
-    flat = np.array([run for of_one in runs for run in of_one], "<i4")
-    ids = b"".join(segment.video_id.encode() + b"\0" for segment in added)
-    body = b"".join((starts.tobytes(), run_at.tobytes(), flat.tobytes(), ids))
-    numbers = (before.shard_frames, before.num_shards, len(added), len(flat), len(ids))
-    head = HEADER.pack(MAGIC, VERSION, crc32c(document), len(document), *numbers, 0)[:-4]
-    return head + struct.pack("<I", crc32c(body, crc32c(head))) + body
+    arrays = {
+        "about": np.array([PLAN_VERSION, before.shard_frames, before.num_shards]),
+        "start": np.array([segment.start for segment in added]),
+        "run_at": np.cumsum([0, *map(len, runs)]),
+        "runs": np.array([run for of_one in runs for run in of_one]),
+        "id": np.frombuffer(b"".join(segment.video_id.encode() + b"\0" for segment in added), np.uint8),
+    }
+    file = io.BytesIO()
+    typed = {name: arrays[name].astype(kind) for name, (kind, _) in ARRAYS.items()}
+    np.savez(file, allow_pickle=False, **typed)
+    return file.getvalue()
 
 
-def unpack(data: bytes, before: Plan, document: bytes) -> Columns | None:
-    """The columns of a growth of ``before``, checked like the JSON; None when they are not those of ``document``."""
-    if len(data) < HEADER.size:
-        return None
-    magic, version, json_crc, json_bytes, size, first_shard, count, num_runs, id_bytes, crc = HEADER.unpack_from(data)
-    body = memoryview(data)[HEADER.size :]
-    if (magic, version, json_bytes, size) != (MAGIC, VERSION, len(document), before.shard_frames):
-        return None
-    if len(body) != 8 * count + 8 * (count + 1) + 12 * num_runs + id_bytes or not count:
-        return None
-    if json_crc != crc32c(document) or crc != crc32c(body, crc32c(data[: HEADER.size - 4])):
-        return None
-    starts = np.frombuffer(body, "<i8", count)
-    run_at = np.frombuffer(body, "<i8", count + 1, 8 * count)
-    runs = np.frombuffer(body, "<i4", 3 * num_runs, 8 * count + 8 * (count + 1)).reshape(num_runs, 3)
-    ids = bytes(body[len(body) - id_bytes :]).split(b"\0")
-    if ids.pop() != b"" or len(ids) != count or first_shard != before.num_shards:
-        return None
-    if not (_runs_are_sound(run_at, runs) and _ids_are_sound(ids, before)):
-        return None
-    lengths = np.add.reduceat(runs[:, 2].astype(np.int64), run_at[:-1])
-    if lengths.max() > MAX_SEGMENT_FRAMES or not _rows_are_sound(before, starts, lengths):
-        return None
-    return Columns(starts, run_at, runs, ids)
+def unpack(data: bytes, before: Plan) -> Columns:
+    """The segments in the file of a growth of ``before``.
+
+    Raises:
+        OtherVersion: another program's.
+        ValueError: the file is damaged, or does not continue this plan; the message says how.
+    """
+    about, starts, run_at, flat, raw_ids = _arrays(data)
+    if len(about) != 3:
+        raise ValueError("about does not hold three numbers")
+    version, size, first_shard = about.tolist()
+    if version != PLAN_VERSION:
+        raise OtherVersion(version)
+    if size != before.shard_frames:
+        raise ValueError(f"shards have {size} frames, those of the store have {before.shard_frames}")
+    if first_shard != before.num_shards:
+        raise ValueError(f"it begins at shard {first_shard}, the plan so far ends at {before.num_shards}")
+    ids = raw_ids.tobytes().split(b"\0")
+    if ids.pop() != b"" or not len(ids) == len(starts) == len(run_at) - 1 or not len(starts):
+        raise ValueError("its arrays do not have one entry for each segment")
+    _check_runs(run_at, flat)
+    lengths = np.add.reduceat(flat[:, 2].astype(np.int64), run_at[:-1])
+    if lengths.max() > MAX_SEGMENT_FRAMES:
+        raise ValueError(f"a segment has more than {MAX_SEGMENT_FRAMES} frames")
+    _check_rows(before, starts, lengths)
+    _check_ids(ids)
+    columns = Columns(starts, run_at, flat, ids)
+    _check_new(columns, before)
+    return columns
 
 
-def _runs_are_sound(run_at: npt.NDArray[np.int64], runs: npt.NDArray[np.int32]) -> bool:
+def _arrays(data: bytes) -> list[npt.NDArray[Any]]:
+    """The arrays of the file, in the order of ``ARRAYS``. zip's own checksums are checked; nothing is unpickled."""
+    found = []
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
+            for name, (kind, axes) in ARRAYS.items():
+                info = members.getinfo(f"{name}.npy")
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data):
+                    raise ValueError(f"{name} is compressed")
+                raw = members.read(info)
+                file = io.BytesIO(raw)
+                if np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError(f"{name} is no array of this format")
+                shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+                count = int(np.prod(shape, dtype=object))
+                if dtype != np.dtype(kind) or len(shape) != axes or by_columns or shape[1:] not in ((), (3,)):
+                    raise ValueError(f"{name} is {dtype} {shape}")
+                if count * dtype.itemsize != len(raw) - file.tell():
+                    raise ValueError(f"{name} is truncated")
+                found.append(np.frombuffer(raw, dtype, count, file.tell()).reshape(shape))
+    except ValueError:
+        raise
+    except Exception as error:  # zipfile and numpy raise a dozen kinds for a file that is not theirs
+        raise ValueError(f"not a readable .npz: {error}") from error
+    return found
+
+
+def _check_runs(run_at: Rows, runs: npt.NDArray[np.int32]) -> None:
     if run_at[0] != 0 or run_at[-1] != len(runs) or (np.diff(run_at) < 1).any():
-        return False
+        raise ValueError("run_at does not divide the runs")
     first, step, count = runs.astype(np.int64).T
     last = first + step * (count - 1)
     begins = np.zeros(len(runs), np.bool_)
     begins[run_at[:-1]] = True
-    sorted_ = begins[1:] | (first[1:] > last[:-1])
-    return bool((first >= 0).all() and (step >= 1).all() and (count >= 1).all() and (last <= MAX_FRAME_INDEX).all()
-                and sorted_.all())  # fmt: skip
+    sound = (first >= 0) & (step >= 1) & (count >= 1) & (last <= MAX_FRAME_INDEX)
+    if not sound.all() or not (begins[1:] | (first[1:] > last[:-1])).all():
+        raise ValueError("a run is not sorted, repeats a frame, or goes too far")
 
 
-def _ids_are_sound(ids: list[bytes], before: Plan) -> bool:
-    """Valid, each once and in order; and none of an older growth, which the JSON is asked about frame by frame."""
-    try:
-        b"\0".join(ids).decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    sizes = [*map(len, ids)]
-    if min(sizes) < 1 or max(sizes) > MAX_ID_BYTES or not all(map(operator.lt, ids, ids[1:])):
-        return False
-    if not before.segments:
-        return True
-    blocks = before.segments.blocks if isinstance(before.segments, Segments) else (before.segments,)
-    older = (b.ids if isinstance(b, Columns) else [segment.video_id.encode() for segment in b] for b in blocks)
-    return set(ids).isdisjoint(itertools.chain.from_iterable(older))
-
-
-def _rows_are_sound(before: Plan, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> bool:
-    """The rules of ``plan.apply_generation``, for all segments at once."""
+def _check_rows(before: Plan, starts: Rows, lengths: Rows) -> None:
+    """Segments in the order of their rows, none across shards but a long one, which has its shards for itself."""
     size, stops = before.shard_frames, starts + lengths
     short = lengths <= size
     inside = starts // size == (stops - 1) // size
     free = np.where(short, stops, -(-stops // size) * size)
-    return bool(
-        starts[0] >= before.num_shards * size
-        and (starts[1:] >= free[:-1]).all()
-        and (inside | (~short & (starts % size == 0))).all()
-    )
+    if starts[0] < before.num_shards * size or (starts[1:] < free[:-1]).any():
+        raise ValueError("a segment lies on rows of another")
+    if not (inside | (~short & (starts % size == 0))).all():
+        raise ValueError("a segment crosses shards")
+
+
+def _check_ids(ids: list[bytes]) -> None:
+    try:
+        b"\0".join(ids).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError("an id is not valid Unicode text") from error
+    sizes = [*map(len, ids)]
+    if min(sizes) < 1 or max(sizes) > MAX_ID_BYTES:
+        raise ValueError(f"an id does not have 1 to {MAX_ID_BYTES} bytes")
+    if not all(map(operator.lt, ids, ids[1:])):
+        raise ValueError("ids are not sorted, or one is there twice")
+
+
+def _check_new(columns: Columns, before: Plan) -> None:
+    """Frames of a video that an older growth has, too, must be others."""
+    if not before.segments:
+        return
+    blocks = before.segments.blocks if isinstance(before.segments, Segments) else (before.segments,)
+    older = (b.ids if isinstance(b, Columns) else [segment.video_id.encode() for segment in b] for b in blocks)
+    for video in sorted(set(columns.ids).intersection(itertools.chain.from_iterable(older))):
+        segment = columns.of(video.decode())
+        if segment is not None and (before.find(segment.video_id, segment.frame_index) >= 0).any():
+            raise ValueError(f"video {segment.video_id!r} has a frame that is planned twice")

@@ -4,21 +4,24 @@ What is in the page cache is copied from a map: one copy and no call into the ke
 must be asked for by its exact byte range, or the kernel's readahead fetches megabytes around every frame (a map alone
 is six times slower on 20 of 100 frames). Which way is best then depends on the disk, so ``auto`` measures it once.
 
-A map cannot report a disk error: it ends the process (SIGBUS). On a file system that may lose the file under a reader
-use ``pread``.
+A map cannot report an error: it ends the process (SIGBUS). So on a network file system, which may lose a file under a
+reader, ``auto`` is ``pread``.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import math
 import mmap
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -33,6 +36,8 @@ Array = npt.NDArray[Any]
 Slots = npt.NDArray[np.int64]
 
 PAGE = 4096
+MOUNTS = Path("/proc/self/mountinfo")
+REMOTE = ("nfs", "cifs", "smb", "9p", "fuse", "ceph", "afs")  # kinds of file system
 BOUNCE_BYTES = 8 << 20  # one O_DIRECT request
 SEEN_SECONDS = 1.0
 PROBE_SECONDS = 1.0
@@ -58,12 +63,16 @@ class OpenShard:
 
     def __init__(self, layout: Layout, shard: Shard) -> None:
         self.layout, self.shard = layout, shard
+        self.used = 0  # when: see cache_schema.descriptors
         self.descriptor = files.open_regular(shard.file)
         weakref.finalize(self, os.close, self.descriptor)
-        self._looking = self._open_to_look()
+        # A read that must not wait still has the kernel fetch what is missing, and of a file that is read in order
+        # megabytes around it; of one that is read at random, one page. ``_pread`` says when it reads in order.
+        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._seen: dict[int, float] = {}  # slot -> when its frame was last found in the page cache
         status = os.fstat(self.descriptor)
         self.identity, self.device = identity_of(status), status.st_dev
+        self.is_remote = is_remote(status.st_dev)
         self.present = shard.present.tobytes()  # the same, for one slot at a time
         used = int(np.flatnonzero(shard.present)[-1]) + 1 if shard.present.any() else 0
         content = self._map(used * layout.stride)
@@ -77,27 +86,21 @@ class OpenShard:
         return bool(self.shard.present[slots].all())
 
     def _map(self, size: int) -> mmap.mmap | bytes:
-        return mmap.mmap(self.descriptor, size, access=mmap.ACCESS_READ) if size else b""
+        options: dict[str, bool] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+        return mmap.mmap(self.descriptor, size, access=mmap.ACCESS_READ, **options) if size else b""
 
     def is_current(self) -> bool:
         """Whether the file is unchanged and still has a name: a shard that is replaced or removed loses its last one.
 
         Asked of the descriptor, not of the path, which would take three times as long.
         """
-        status = os.fstat(self.descriptor)
-        return (status.st_ino, status.st_size, status.st_mtime_ns) == self.identity and status.st_nlink > 0
-
-    def _open_to_look(self) -> int:
-        """A descriptor for ``is_cached``; -1 where there is none."""
-        # A read that must not wait still has the kernel fetch what is missing, and of a file that is read in order
-        # megabytes around it; of one that is read at random, one page.
         try:
-            looking = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY)
-        except OSError:
-            return -1
-        weakref.finalize(self, os.close, looking)
-        os.posix_fadvise(looking, 0, 0, os.POSIX_FADV_RANDOM)
-        return looking
+            status = os.fstat(self.descriptor)
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                return False
+            raise
+        return (status.st_ino, status.st_size, status.st_mtime_ns) == self.identity and status.st_nlink > 0
 
     def is_cached(self, slot: int, offset: int = 0) -> bool:
         """Whether a frame's page at this offset is in the page cache; False where that cannot be told.
@@ -111,12 +114,24 @@ class OpenShard:
         if _NOWAIT is None:
             return False
         try:
-            there = os.preadv(self._looking, _byte, slot * self.layout.stride + offset, _NOWAIT) == 1
+            there = os.preadv(self.descriptor, _byte, slot * self.layout.stride + offset, _NOWAIT) == 1
         except OSError:  # EAGAIN: not there; EOPNOTSUPP: the file system cannot say
             return False
         if there and not offset:
             self._seen[slot] = now
         return there
+
+
+@functools.lru_cache(maxsize=64)
+def is_remote(device: int) -> bool:
+    """Whether a device is a network file system or one of a user's program."""
+    try:
+        mounts = MOUNTS.read_text().splitlines()
+    except OSError:  # no Linux
+        return False
+    name = f"{os.major(device)}:{os.minor(device)}"
+    kinds = [line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == name]
+    return any(kind.startswith(REMOTE) for kind in kinds)
 
 
 def strided_rows(layout: Layout, buffer: mmap.mmap | bytes | memoryview, count: int) -> Array:
@@ -154,7 +169,7 @@ def read_rows(opened: OpenShard, slots: Slots, out: Array, io: Io) -> None:
     """
     if io == "mmap":
         _copy_from_map(opened, slots, out)
-    elif io == "pread":
+    elif io == "pread" or (io == "auto" and opened.is_remote):
         _pread(opened, slots, out)
     elif io == "direct":
         _read_direct(opened, slots, out)
@@ -240,13 +255,34 @@ def _copy_from_map(opened: OpenShard, slots: Slots, out: Array) -> None:
 
 
 def _pread(opened: OpenShard, slots: Slots, out: Array) -> None:
-    layout = opened.layout
-    if len(slots) > 1 and slots[-1] - slots[0] != len(slots) - 1 and not is_warm(opened, slots):
-        ask_for(opened, slots)  # scattered frames; along a run the kernel's own readahead is better
+    layout, in_order = opened.layout, False
+    if len(slots) > 1 and not is_warm(opened, slots):
+        in_order = int(slots[-1] - slots[0]) == len(slots) - 1
+        if not in_order:
+            ask_for(opened, slots)
+    if in_order:  # along a run the kernel's own readahead is best
+        os.posix_fadvise(opened.descriptor, 0, 0, os.POSIX_FADV_NORMAL)
     for at, slot in enumerate(slots.tolist()):
         target = out[at].reshape(-1).view(np.uint8).data
-        if os.preadv(opened.descriptor, [target], slot * layout.stride) != layout.frame_bytes:
+        if _fill(opened.descriptor, target, slot * layout.stride) != layout.frame_bytes:
             raise _ends_early(opened)
+    if in_order:
+        os.posix_fadvise(opened.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def _fill(descriptor: int, target: memoryview, offset: int, unit: int = 1) -> int:
+    """Bytes read into ``target``: all, or fewer at the end of the file. A read may be short anywhere, and is resumed.
+
+    Args:
+        unit: where reads must begin (O_DIRECT), so that a short one is resumed at the multiple before its end.
+    """
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], offset + done)
+        if not count or (done + count < len(target) and (done + count) // unit * unit <= done):
+            return done + count
+        done = done + count if done + count == len(target) else (done + count) // unit * unit
+    return done
 
 
 def _read_direct(opened: OpenShard, slots: Slots, out: Array) -> None:
@@ -261,7 +297,7 @@ def _read_direct(opened: OpenShard, slots: Slots, out: Array) -> None:
         for first, count in runs(slots, limit):
             size = count * layout.stride
             with memoryview(bounce)[:size] as target:
-                if os.preadv(descriptor, [target], first * layout.stride) != size:
+                if _fill(descriptor, target, first * layout.stride, PAGE) != size:
                     raise _ends_early(opened)
             np.copyto(out[done : done + count], strided_rows(layout, bounce, count))
             done += count

@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
 from cache_schema import files, metadata
 from cache_schema.errors import CacheCorrupt, CacheError, SegmentFailed
 from cache_schema.index import STATUS, read_index
-from cache_schema.objects import ObjectPath
 from cache_schema.plan import Part, Segment
 from cache_schema.shard import Record, ShardWriter, pread, read_records
 from cache_schema.store import FeatureStore
@@ -55,7 +53,7 @@ def repair_shard(
     Of a long video's run only this shard is written, and only its frames are asked for.
 
     Args:
-        produce: features of every modality for a segment (``write_tasks_together``).
+        produce: features of every modality for a segment (``write_task``).
         changed: videos whose file was replaced since: made from the file of today, also where their frames are sound.
 
     Raises:
@@ -76,29 +74,12 @@ def repair_shard(
                 _make(store, part, writer, produce, changed)
                 produced += 1
         writer.finish()
-        _put(store, number, writer)
+        files.publish_or_replace(writer.partial, store.layout.info.shard_file(number))
     except _Refused as why:
         return ShardRepair(store.modality, number, False, reason=str(why))
     finally:
         writer.discard()
     return ShardRepair(store.modality, number, True, copied, produced)
-
-
-def _put(store: FeatureStore, number: int, writer: ShardWriter) -> None:
-    final = store.layout.info.shard_file(number)
-    if isinstance(final, ObjectPath):
-        try:
-            final = final.pinned(final.head()[1])
-        except FileNotFoundError:
-            files.publish(writer.partial, final)
-        else:
-            files.replace(writer.partial, final)  # in the place of this very version: a retry's shard is as good
-        return
-    if not os.path.lexists(final):
-        files.publish(writer.partial, final)  # an extraction may have been quicker: its shard is as good
-        return
-    with files.locked(store.layout.info.folder):
-        files.replace(writer.partial, final)
 
 
 # --- what is still sound
@@ -113,22 +94,23 @@ def _sound_records(store: FeatureStore, number: int) -> dict[int, Record]:
     if shard is None:
         return {}
     records = read_records(store.layout, shard.file)
-    return {r.slot: r for r in records if r.ok and all(crc == crc32c(raw) for raw, crc in _frames(store, number, r))}
+    sound = store.layout.is_sound
+    return {r.slot: r for r in records if r.ok and all(sound(chunk) for chunk in _chunks(store, number, r))}
 
 
-def _frames(store: FeatureStore, number: int, record: Record) -> Iterator[tuple[bytes, int]]:
+def _chunks(store: FeatureStore, number: int, record: Record) -> Iterator[bytes]:
     layout = store.layout
     descriptor = files.open_regular(layout.info.shard_file(number))
     try:
-        for at, crc in enumerate(record.crc32c):
-            yield pread(descriptor, layout.frame_bytes, (record.slot + at) * layout.stride), crc
+        for at in range(len(record.frame_index)):
+            yield pread(descriptor, layout.chunk_bytes, (record.slot + at) * layout.stride)
     finally:
         os.close(descriptor)
 
 
 def _copy(store: FeatureStore, number: int, record: Record, writer: ShardWriter) -> None:
-    for raw, _ in _frames(store, number, record):
-        writer.append(np.frombuffer(raw, store.layout.row_dtype).reshape(1, *store.layout.row_shape))
+    for chunk in _chunks(store, number, record):
+        writer.append(np.frombuffer(chunk[:-4], store.layout.row_dtype).reshape(1, *store.layout.row_shape))
     writer.end(record.facts)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import os
 import struct
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,13 +22,13 @@ from crc32c import crc32c
 
 from cache_schema import files
 from cache_schema.errors import CacheCorrupt
-from cache_schema.metadata import FORMAT_VERSION, ArrayInfo, newer_format
+from cache_schema.metadata import FORMAT_VERSION, ArrayInfo, other_format
 from cache_schema.objects import ObjectPath, StorePath
 from cache_schema.plan import Part, from_runs, to_runs
-from cache_schema.stats import Moments
 
 MAGIC = b"DLMMSHRD"
 TRAILER = struct.Struct("<8sIQQI")  # magic, format version, footer bytes, file bytes, crc32c of footer and the rest
+CRC = struct.Struct("<I")
 EMPTY = (1 << 64) - 1  # Zarr's mark of an inner chunk that is not there
 LARGE_FRAME = 64 * 1024  # from this size on frames start on pages (O_DIRECT, GPU storage); below, on cache lines
 MAX_FOOTER_BYTES = 1 << 28
@@ -38,10 +37,11 @@ MAX_REASON = 2000  # characters of a stored reason
 USUAL_FOOTER = 128 * 1024  # what is asked of an object store at first; a larger footer takes one more request
 
 Identity = tuple[Any, ...]  # of one version of a file: inode, size, mtime_ns; of an object: entity tag, size
-Entry = tuple[dict[str, Any], tuple[int, ...], Sequence[int]]  # of a footer, with its frame indices and checksums
+Entry = tuple[dict[str, Any], tuple[int, ...]]  # of a footer, with its frame indices
 ReadAt = Callable[[int, int], bytes]  # (count, offset)
 
 Array = npt.NDArray[Any]
+Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,25 @@ class Layout:
         return self.info.spec.frame_bytes
 
     @functools.cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of one frame with its crc32c: an inner chunk of Zarr."""
+        return self.frame_bytes + CRC.size
+
+    @functools.cached_property
     def stride(self) -> int:
         """Bytes from one slot to the next."""
         unit = 4096 if self.frame_bytes >= LARGE_FRAME else 64
-        return -(-self.frame_bytes // unit) * unit
+        return -(-self.chunk_bytes // unit) * unit
+
+    def is_sound(self, chunk: Buffer) -> bool:
+        """Whether a chunk is whole, and its frame fits the crc32c after it."""
+        view = memoryview(chunk)
+        return len(view) == self.chunk_bytes and CRC.pack(crc32c(view[:-4])) == view[-4:]
 
     @functools.cached_property
     def index_bytes(self) -> int:
         """Size of Zarr's shard index with its checksum."""
         return 16 * self.info.shard_frames + 4
-
-    @functools.cached_property
-    def has_stats(self) -> bool:
-        """Whether footers carry mean and M2 of every element: only where a frame is small."""
-        return self.frame_bytes <= LARGE_FRAME and not self.is_int8
 
     @functools.cached_property
     def dtype(self) -> np.dtype[Any]:
@@ -96,11 +101,6 @@ class Layout:
         """Of a stored frame."""
         return (self.frame_bytes,) if self.is_int8 else self.info.spec.frame_shape
 
-    @property
-    def format_version(self) -> int:
-        """Of shards: 2 for int8, which programs of version 1 cannot read."""
-        return 2 if self.is_int8 else 1
-
 
 @dataclass(frozen=True)
 class Record:
@@ -112,7 +112,6 @@ class Record:
     ok: bool
     kind: str = ""  # of the failure
     reason: str = ""
-    crc32c: tuple[int, ...] = field(default=(), repr=False)  # one a frame; empty when failed
     facts: Mapping[str, object] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, object]:
@@ -124,24 +123,22 @@ class Record:
             "status": "ok" if self.ok else "failed",
             "kind": self.kind,
             "reason": self.reason,
-            "crc32c": list(self.crc32c),
             "facts": dict(self.facts),
         }
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any], frames: tuple[int, ...], crcs: Sequence[int]) -> Record:
+    def of(cls, entry: Mapping[str, Any], frames: tuple[int, ...]) -> Record:
         """Inverse of ``to_json``, from what ``checked_entry`` gives."""
-        video, slot, status, kind, reason, _, facts = map(entry.__getitem__, ENTRY)
-        return cls(video, slot, frames, status == "ok", kind, reason, tuple(crcs), facts)
+        video, slot, status, kind, reason, facts = map(entry.__getitem__, ENTRY)
+        return cls(video, slot, frames, status == "ok", kind, reason, facts)
 
 
-ENTRY = {"video": str, "slot": int, "status": str, "kind": str, "reason": str, "crc32c": list, "facts": dict}
+ENTRY = {"video": str, "slot": int, "status": str, "kind": str, "reason": str, "facts": dict}
 ENTRY_TYPES = [*ENTRY.values()]
 
 
 def checked_entry(entry: object) -> Entry:
-    """One entry of a footer's ``segments``, its frame indices and its checksums. Raises ValueError naming the field."""
-    # A scan of 10,000 shards comes by here 100,000 times, with ten million checksums: so no loop over them in Python.
+    """One entry of a footer's ``segments``, and its frame indices. Raises ValueError naming the field."""
     if not isinstance(entry, dict):
         raise ValueError("a segment is not an object")
     if [*map(type, map(entry.get, ENTRY))] != ENTRY_TYPES:
@@ -150,13 +147,7 @@ def checked_entry(entry: object) -> Entry:
     frames, status = from_runs(entry.get("frames")), entry["status"]
     if status not in ("ok", "failed"):
         raise ValueError(f"segments.status is {status!r}")
-    try:
-        crcs = array("I", entry["crc32c"])  # 32 bits, unsigned: anything else does not go in
-    except (TypeError, OverflowError) as error:
-        raise ValueError("segments.crc32c holds something other than numbers of 32 bits") from error
-    if len(crcs) != (len(frames) if status == "ok" else 0):
-        raise ValueError("segments.crc32c does not hold one checksum per frame")
-    return entry, frames, crcs
+    return entry, frames
 
 
 class ShardWriter:
@@ -173,29 +164,30 @@ class ShardWriter:
         self._descriptor = -1
         self._created = False
         self._part: Part | None = None
-        self._crcs: list[int] = []
+        self._done = 0  # frames of the current part
+        self._sums = bytearray()  # checksums of all frames, in the order of their slots
+        self._sums_before = 0  # bytes of them before the current part
         self._on_its_way = 0  # bytes that the system was asked to bring to disk
-        shape = layout.info.spec.frame_shape
-        self._moments = self._moments_before = Moments.zero(shape)
 
     def begin(self, part: Part) -> None:
         """Start the frames of the next part; parts come in slot order."""
-        self._part, self._crcs, self._moments_before = part, [], self._moments
+        self._part, self._done, self._sums_before = part, 0, len(self._sums)
 
     def append(self, frames: Array) -> None:
         """Write stored frames [b, *row_shape] at the next slots of the current part."""
         part = self._current()
-        if len(self._crcs) + len(frames) > part.count:
+        if self._done + len(frames) > part.count:
             raise AssertionError("more frames than the part holds")
         descriptor = self._open()
         for frame in np.ascontiguousarray(frames, dtype=self.layout.row_dtype):
             raw = memoryview(frame.reshape(-1).view(np.uint8))
-            start = (part.slot + len(self._crcs)) * self.layout.stride
-            self._crcs.append(crc32c(raw))
+            start = (part.slot + self._done) * self.layout.stride
+            crc = CRC.pack(crc32c(raw))
+            self._sums += crc
+            self._done += 1
             files.pwrite(descriptor, raw, start)
-            if self.layout.has_stats:
-                self._moments = self._moments.plus_frame(frame)
-        written = (part.slot + len(self._crcs)) * self.layout.stride
+            files.pwrite(descriptor, memoryview(crc), start + self.layout.frame_bytes)
+        written = (part.slot + self._done) * self.layout.stride
         if written - self._on_its_way >= FLUSH_BYTES:
             files.start_flush(descriptor, self._on_its_way, written)
             self._on_its_way = written
@@ -203,19 +195,17 @@ class ShardWriter:
     def end(self, facts: Mapping[str, object]) -> None:
         """The current part is complete."""
         part = self._current()
-        if len(self._crcs) != part.count:
+        if self._done != part.count:
             raise AssertionError("fewer frames than the part holds")
-        self._add(
-            Record(part.segment.video_id, part.slot, part.frame_index, True, crc32c=tuple(self._crcs), facts=facts)
-        )
+        self._add(Record(part.segment.video_id, part.slot, part.frame_index, True, facts=facts))
 
     def fail(self, kind: str, reason: str) -> None:
         """The current part has failed: what it wrote is cut off and its slots stay empty."""
         part = self._current()
+        del self._sums[self._sums_before :]
         if self._created:
             os.ftruncate(self._open(), self._data_bytes())
             self._on_its_way = min(self._on_its_way, self._data_bytes())
-        self._moments = self._moments_before
         reason = reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 1] + "…"
         self._add(Record(part.segment.video_id, part.slot, part.frame_index, False, kind, reason))
 
@@ -230,7 +220,7 @@ class ShardWriter:
         descriptor, data_bytes = self._open(), self._data_bytes()
         footer = files.canonical_json(self._footer(data_bytes))
         size = data_bytes + len(footer) + TRAILER.size + self.layout.index_bytes
-        head = TRAILER.pack(MAGIC, self.layout.format_version, len(footer), size, 0)[:-4]
+        head = TRAILER.pack(MAGIC, FORMAT_VERSION, len(footer), size, 0)[:-4]
         crc = struct.pack("<I", crc32c(head, crc32c(footer)))
         index = shard_index(self.layout, present_slots(self.layout, self._records))
         os.ftruncate(descriptor, data_bytes)
@@ -246,12 +236,12 @@ class ShardWriter:
 
     def _footer(self, data_bytes: int) -> dict[str, object]:
         # Nothing here may depend on when, where or in how many attempts the shard was made.
-        document: dict[str, object] = {
+        return {
             **_identity(self.layout, self.shard),
             "data_bytes": data_bytes,
+            "frames_crc32c": crc32c(self._sums),
             "segments": [record.to_json() for record in self._records],
         }
-        return {**document, "stats": self._moments.to_json()} if self.layout.has_stats else document
 
     def _data_bytes(self) -> int:
         return used_slots(self._records) * self.layout.stride
@@ -280,7 +270,7 @@ def used_slots(records: Sequence[Record]) -> int:
 
 def shard_index(layout: Layout, present: npt.NDArray[np.bool_]) -> bytes:
     """Zarr's shard index for these slots [S] that hold a frame, with its checksum."""
-    index = _full_index(present.size, layout.stride, layout.frame_bytes).copy()
+    index = _full_index(present.size, layout.stride, layout.chunk_bytes).copy()
     index[~present] = EMPTY
     raw = index.tobytes()
     return raw + struct.pack("<I", crc32c(raw))
@@ -296,9 +286,9 @@ def present_slots(layout: Layout, records: Sequence[Record]) -> npt.NDArray[np.b
 
 
 @functools.lru_cache(maxsize=8)
-def _full_index(size: int, stride: int, frame_bytes: int) -> npt.NDArray[np.uint64]:
+def _full_index(size: int, stride: int, chunk_bytes: int) -> npt.NDArray[np.uint64]:
     """Offset and bytes [S, 2] of every slot, as if all held a frame."""
-    index = np.full((size, 2), frame_bytes, "<u8")
+    index = np.full((size, 2), chunk_bytes, "<u8")
     index[:, 0] = np.arange(size, dtype=np.uint64) * np.uint64(stride)
     index.flags.writeable = False
     return index
@@ -306,7 +296,7 @@ def _full_index(size: int, stride: int, frame_bytes: int) -> npt.NDArray[np.uint
 
 def _identity(layout: Layout, shard: int) -> dict[str, object]:
     identity: dict[str, object] = {
-        "format_version": layout.format_version,
+        "format_version": FORMAT_VERSION,
         "modality": layout.info.modality,
         "spec_digest": layout.spec_digest,
         "shard": shard,
@@ -322,15 +312,14 @@ def _identity(layout: Layout, shard: int) -> dict[str, object]:
 class Shard:
     """A committed shard whose footer and index were found sound. The frames themselves are not read yet.
 
-    Checksums are in ``crcs``, not in ``records``, and facts are left in the file: a store keeps one of these for every
-    shard that it has seen.
+    Facts are left in the file: a store keeps one of these for every shard that it has seen.
     """
 
     file: StorePath  # of an object store: pinned to the version that this was read from
     identity: Identity  # of the file this was read from
     records: tuple[Record, ...]
     present: npt.NDArray[np.bool_] = field(repr=False)  # [S]: the slots that hold a frame
-    crcs: npt.NDArray[np.uint32] = field(repr=False)  # [S]: crc32c of each frame; 0 where there is none
+    sums: int = 0  # crc32c of the checksums of all frames: which frames these are, and in what order
 
     @property
     def failed(self) -> tuple[Record, ...]:
@@ -340,6 +329,12 @@ class Shard:
     def record_at(self, slot: int) -> Record:
         """The record of the part that this slot belongs to."""
         return next(r for r in self.records if r.slot <= slot < r.slot + len(r.frame_index))
+
+
+def frame_corrupt(shard: Shard, video_id: str, frame: int) -> CacheCorrupt:
+    """The error for a frame whose bytes changed since they were written."""
+    what = f"has a damaged frame: frame {frame} of video {video_id!r} does not fit its crc32c"
+    return CacheCorrupt.of_shard(shard.file, what, kind="frame", video_id=video_id, frame_index=frame)
 
 
 def identity_of(status: os.stat_result) -> Identity:
@@ -352,7 +347,7 @@ def identity_now(file: StorePath) -> Identity:
     if isinstance(file, ObjectPath):
         size, e_tag = file.head()
         return e_tag, size
-    return identity_of(os.stat(file, follow_symlinks=False))
+    return identity_of(files.fresh(lambda: os.stat(file, follow_symlinks=False)))
 
 
 @contextmanager
@@ -376,44 +371,70 @@ def read_shard(layout: Layout, shard: int, parts: Sequence[Part]) -> Shard | Non
         CacheCorrupt: naming the file; ``kind`` is truncated, footer, index, wrong_spec, wrong_shard or wrong_videos.
         CacheMismatch: the shard was written by a newer format version.
     """
-    file = layout.info.shard_file(shard)
-    files.refuse_links(file, layout.info.store)
+    final = layout.info.shard_file(shard)
+    files.refuse_links(final, layout.info.store)
     try:
-        with _opened(file, layout) as (file, read, identity):
-            document, index = _read_footer(file, layout, read, identity[1])
+        file, identity, document, index = files.fresh(lambda: _read_end(layout, final))
     except (FileNotFoundError, NotADirectoryError):
         return None
     _check_identity(file, layout, shard, document)
     entries = _entries(file, document)
     records = []
-    present, crcs = np.zeros(layout.info.shard_frames, np.bool_), np.zeros(layout.info.shard_frames, np.uint32)
-    for (entry, frames, sums), part in zip(entries, parts, strict=False):
+    present = np.zeros(layout.info.shard_frames, np.bool_)
+    for (entry, frames), part in zip(entries, parts, strict=False):
         video, slot, status, kind, reason, *_ = map(entry.__getitem__, ENTRY)
         if (video, slot, frames) != (part.segment.video_id, part.slot, part.frame_index):
             break
         if status == "ok":
             present[slot : slot + part.count] = True
-            crcs[slot : slot + part.count] = sums
         # The plan's tuple of frame indices is shared, not held twice.
         records.append(Record(video, slot, part.frame_index, status == "ok", kind, reason))
-    used = max((entry["slot"] + len(frames) for entry, frames, _ in entries if entry["status"] == "ok"), default=0)
+    used = max((entry["slot"] + len(frames) for entry, frames in entries if entry["status"] == "ok"), default=0)
     if document.get("data_bytes") != used * layout.stride:
         raise CacheCorrupt.of_shard(file, "has a damaged footer: segments do not fit data_bytes", kind="footer")
     if len(records) != len(parts) or len(entries) != len(parts):
         raise CacheCorrupt.of_shard(file, "holds other videos than the plan has for it", kind="wrong_videos")
     if index != shard_index(layout, present):
         raise CacheCorrupt.of_shard(file, "has an index that is damaged or contradicts its footer", kind="index")
-    return Shard(file, identity, tuple(records), present, crcs)
+    sums = document.get("frames_crc32c")
+    if type(sums) is not int:
+        raise CacheCorrupt.of_shard(file, "has a damaged footer: frames_crc32c is not a number", kind="footer")
+    return Shard(file, identity, tuple(records), present, sums)
 
 
 def read_footer(layout: Layout, file: StorePath) -> dict[str, object]:
-    """The whole footer of a shard, facts and statistics included. Raises FileNotFoundError, CacheCorrupt."""
+    """The whole footer of a shard, facts included. Raises FileNotFoundError, CacheCorrupt."""
+    return files.fresh(lambda: _read_end(layout, file))[2]
+
+
+def _read_end(layout: Layout, file: StorePath) -> tuple[StorePath, Identity, dict[str, object], bytes]:
     with _opened(file, layout) as (file, read, identity):
-        return _read_footer(file, layout, read, identity[1])[0]
+        return file, identity, *_read_footer(file, layout, read, identity[1])
+
+
+def is_shard(file: StorePath, shard_frames: int) -> bool:
+    """Whether a file is a whole shard of some array of a store with such shards, by its own trailer and footer."""
+    tail_bytes = TRAILER.size + 16 * shard_frames + 4
+    try:
+        descriptor = files.open_regular(file)
+    except (OSError, CacheCorrupt):
+        return False
+    try:
+        size = os.fstat(descriptor).st_size
+        if size < tail_bytes:
+            return False
+        trailer = pread(descriptor, TRAILER.size, size - tail_bytes)
+        magic, _, footer_bytes, file_bytes, crc = TRAILER.unpack(trailer)
+        if magic != MAGIC or file_bytes != size or footer_bytes > min(size - tail_bytes, MAX_FOOTER_BYTES):
+            return False
+        footer = pread(descriptor, footer_bytes, size - tail_bytes - footer_bytes)
+        return bool(crc32c(trailer[:-4], crc32c(footer)) == crc)
+    finally:
+        os.close(descriptor)
 
 
 def read_records(layout: Layout, file: StorePath) -> tuple[Record, ...]:
-    """The records of a footer, with checksums and facts. Raises FileNotFoundError, CacheCorrupt."""
+    """The records of a footer, with facts. Raises FileNotFoundError, CacheCorrupt."""
     return _records(file, read_footer(layout, file))
 
 
@@ -427,16 +448,6 @@ def _entries(file: StorePath, document: Mapping[str, object]) -> list[Entry]:
         if not isinstance(entries, list):
             raise ValueError("segments is not a list")
         return [checked_entry(entry) for entry in entries]
-    except ValueError as error:
-        raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
-
-
-def read_stats(layout: Layout, file: StorePath) -> Moments:
-    """Count, mean and M2 over a shard's frames. Raises FileNotFoundError, CacheCorrupt."""
-    try:
-        return Moments.from_json(read_footer(layout, file).get("stats"), layout.info.spec.frame_shape)
-    except CacheCorrupt:
-        raise
     except ValueError as error:
         raise CacheCorrupt.of_shard(file, f"has a damaged footer: {error}", kind="footer") from error
 
@@ -458,8 +469,8 @@ def _read_footer(file: StorePath, layout: Layout, read: ReadAt, size: int) -> tu
     footer = read(footer_bytes, size - tail_bytes - footer_bytes)
     if crc32c(trailer[:-4], crc32c(footer)) != crc:
         raise CacheCorrupt.of_shard(file, "has a footer whose crc32c does not fit", kind="footer")
-    if version > FORMAT_VERSION:
-        raise newer_format(file, version)
+    if version != FORMAT_VERSION:
+        raise other_format(file, version)
     try:
         document = files.parse_json(footer)
     except ValueError as error:

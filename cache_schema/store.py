@@ -6,6 +6,7 @@ What is committed is what the shard footers say; nothing is concluded from what 
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import os
@@ -17,35 +18,22 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache_schema import claims, files, metadata, reading, write
+from cache_schema import descriptors, files, metadata, reading
 from cache_schema.connections import ObjectChanged, concurrently
-from cache_schema.errors import CacheError, CacheMismatch, CacheMissing, SegmentFailed
+from cache_schema.descriptors import OpenFiles
+from cache_schema.errors import CacheError, CacheMismatch, CacheMissing
 from cache_schema.index import STATUS, index_arrays, write_index
 from cache_schema.object_reads import read_slots
 from cache_schema.objects import MAX_SHARD_OBJECT, ObjectPath, StorePath, locate
 from cache_schema.plan import Plan, Segment, Task, as_frames
 from cache_schema.planfile import PlanFiles
 from cache_schema.quantize import ChannelScale
-from cache_schema.report import Missing, TaskReport, VideoStatus
-from cache_schema.shard import Layout, Record, Shard, identity_now, read_records, read_shard, read_stats
+from cache_schema.report import Missing, VideoStatus
+from cache_schema.shard import CRC, Layout, Record, Shard, frame_corrupt, identity_now, pread, read_records, read_shard
 from cache_schema.spec import FeatureSpec
-from cache_schema.stats import FeatureStats, Moments
-from cache_schema.write import SegmentResult, frame_corrupt, write_tasks_together
-
-__all__ = [
-    "FeatureStats",
-    "FeatureStore",
-    "Missing",
-    "SegmentFailed",
-    "SegmentResult",
-    "TaskReport",
-    "VideoStatus",
-    "write_tasks_together",
-]
 
 Array = npt.NDArray[Any]
 FrameIndex = Sequence[int] | npt.NDArray[np.integer]
-MAX_OPEN_SHARDS = 128  # each holds a map and three descriptors; 1024 descriptors are a usual limit
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -88,7 +76,7 @@ class FeatureStore:
         self.help_command = help_command
         self._plan_files = PlanFiles(info.store, info.shard_frames)
         self._shards: dict[int, Shard] = {}
-        self._opened: dict[int, reading.OpenShard] = {}
+        self._opened: OpenFiles[reading.OpenShard] = OpenFiles()
         self._told: tuple[Shard, tuple[Record, ...]] | None = None  # the shard that facts were asked of last
 
     @classmethod
@@ -128,13 +116,13 @@ class FeatureStore:
                         f"Make smaller ones:  --set extract.shard_frames={MAX_SHARD_OBJECT // Layout(info).stride}"
                     )
                 metadata.create_array(info)
+            metadata.create_parents(store, modality)
             opened = cls.open(store, modality, spec, help_command=help_command)
             for folder in (store, store / "plan", *(store / part for part in metadata.path_to(modality))):
                 files.sweep(folder)
-            claims.sweep(opened.layout.info.folder)
             if isinstance(store, ObjectPath):
                 files.sweep(store.scratch())
-            metadata.grow_array(opened.layout.info, opened.plan.num_shards)
+            metadata.grow_array(opened.layout.info, lambda: opened.plan.num_shards)
             return opened
         except CacheError as error:
             error.with_help(help_command)
@@ -171,7 +159,11 @@ class FeatureStore:
             raise
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_shards": {}, "_opened": {}, "_told": None}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_opened"}
+        return {**kept, "_shards": {}, "_told": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _opened=OpenFiles())
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.path)!r}, {self.modality!r})"
@@ -192,7 +184,7 @@ class FeatureStore:
         derives its addition anew from what it then finds. All modalities of the store share the plan.
         """
         plan = self._plan_files.extend(wanted)
-        metadata.grow_array(self.layout.info, plan.num_shards)
+        metadata.grow_array(self.layout.info, lambda: self.plan.num_shards)
         return plan
 
     # --- what is there
@@ -332,16 +324,25 @@ class FeatureStore:
             self._read_objects(video_id, frame_index, out)
             return out
         for number, slots, at in self._pieces(self._rows(video_id, frame_index)):
-            opened = self._open_shard(number)
-            if opened is not None and not opened.holds(slots):
-                del self._opened[number]  # a retry may have put a fuller one in its place
-                opened = self._open_shard(number)
-            if opened is None or not opened.holds(slots):
-                raise self._not_there(video_id, frame_index)
-            reading.read_rows(opened, slots, out[at], self.io)
-            if verify:
-                self._verify(opened, slots, out[at], video_id)
+            files.fresh(lambda: self._read_piece(video_id, frame_index, number, slots, out[at], verify))  # noqa: B023
         return out
+
+    def _read_piece(
+        self, video_id: str, frame_index: FrameIndex, number: int, slots: Array, out: Array, verify: bool
+    ) -> None:
+        opened = self._open_shard(number)
+        if opened is not None and not opened.holds(slots):
+            self._opened.drop(number)  # a retry may have put a fuller one in its place
+            opened = self._open_shard(number)
+        if opened is None or not opened.holds(slots):
+            raise self._not_there(video_id, frame_index)
+        try:
+            reading.read_rows(opened, slots, out, self.io)
+        except OSError:
+            self._opened.drop(number)  # a stale handle stays stale
+            raise
+        if verify:
+            self._verify(opened, slots, out, video_id)
 
     @_with_help
     def ask_for(self, video_id: str, frame_index: FrameIndex) -> None:
@@ -368,7 +369,9 @@ class FeatureStore:
             return False
         number, slot = divmod(self._plan_files.known.row(video_id, frame), self.shard_frames)
         opened = self._opened.get(number)  # a row of -1 is in no shard
-        if opened is None or not (opened.present[slot] and opened.is_current() and opened.is_cached(slot)):
+        if opened is None or opened.is_remote:
+            return False
+        if not (opened.present[slot] and opened.is_current() and opened.is_cached(slot)):
             return False
         if not reading.fits(self.layout, out, 1):
             return False
@@ -418,7 +421,7 @@ class FeatureStore:
         """The shard held open, checked, and still the file that bears its name; None when it is not committed."""
         opened = self._opened.get(number)
         while opened is None or not opened.is_current():
-            self._opened.pop(number, None)
+            self._opened.drop(number)
             shard = self.shard(number)
             if shard is None:
                 return None
@@ -426,17 +429,22 @@ class FeatureStore:
                 opened = reading.OpenShard(self.layout, shard)
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                if not descriptors.relieve():
+                    raise descriptors.too_many(shard.file) from error
+                continue
             if opened.identity != shard.identity:  # replaced by a retry between the two: its footer is another
                 opened = None
                 continue
-            while len(self._opened) >= MAX_OPEN_SHARDS:
-                self._opened.pop(next(iter(self._opened), number), None)  # the one that was opened first
-            self._opened[number] = opened
+            self._opened.put(number, opened)
         return opened
 
     def _verify(self, opened: reading.OpenShard, slots: Array, rows: Array, video_id: str) -> None:
         for row, slot in zip(rows, slots.tolist(), strict=True):
-            if crc32c(row.reshape(-1).view(np.uint8).data) != opened.shard.crcs[slot]:
+            crc = pread(opened.descriptor, CRC.size, slot * self.layout.stride + self.layout.frame_bytes)
+            if CRC.pack(crc32c(row.reshape(-1).view(np.uint8).data)) != crc:
                 record = opened.shard.record_at(slot)
                 raise frame_corrupt(opened.shard, video_id, record.frame_index[slot - record.slot])
 
@@ -479,39 +487,7 @@ class FeatureStore:
                 return dict(next(r.facts for r in told[1] if r.video_id == video_id))
         raise CacheMissing(f"{self.path}/{self.modality} holds nothing of video {video_id!r}.\nExtract with:")
 
-    @_with_help
-    def stats(self) -> FeatureStats:
-        """Mean and variance of every element over all committed frames, from the shard footers alone.
-
-        Raises:
-            ValueError: the frames are too large for footers to hold statistics (CLIP tokens).
-            CacheMissing: no frame is committed.
-        """
-        if not self.layout.has_stats:
-            raise ValueError(f"{self.modality!r} has no statistics: its frames are {self.layout.frame_bytes} bytes")
-        moments = Moments.zero(self.spec.frame_shape)
-        for shard in self.shards(range(self.plan.num_shards)).values():
-            if shard is not None:
-                moments = moments.plus(read_stats(self.layout, shard.file))
-        if not moments.count:
-            raise CacheMissing(f"{self.path}/{self.modality} holds no frame yet.\nExtract with:")
-        return FeatureStats(moments.count, moments.mean, moments.m2 / moments.count)
-
-    # --- numbers in
-
-    @_with_help
-    def write_task(self, task: Task, produce: Callable[[Segment], SegmentResult[Array]]) -> TaskReport:
-        """Write the shards of one task of ``plan.tasks()`` and commit them; nothing is done when that was done before.
-
-        ``produce`` is called for one video at a time. A ``SegmentFailed`` from it or its iterator, or a non-finite
-        feature, marks that video as failed; the shard is committed all the same. Any other error ends the task with
-        nothing published. A task with ``retry`` set copies the good videos and produces only the failed ones.
-
-        Raises:
-            ValueError: ``produce`` gave a wrong dtype, shape or number of frames, or facts that are not JSON.
-            OSError: the disk is full or not writable; the partial files are gone and what was committed is unharmed.
-        """
-        return write.write_single(self, task, produce)
+    # --- the index
 
     @_with_help
     def finalize(self) -> None:
@@ -519,13 +495,16 @@ class FeatureStore:
 
         It is derived data: nothing here reads it to decide what is there, and it can be deleted and made again.
         """
-        with files.locked(self.path):
+
+        def derive() -> Mapping[str, Array]:
             status = {}
             for modality in metadata.list_modalities(self.path):
                 other = FeatureStore.open(self.path, modality)
-                metadata.grow_array(other.layout.info, other.plan.num_shards)
+                metadata.grow_array(other.layout.info, lambda: self.plan.num_shards)
                 status[modality] = other.status_codes()
-            write_index(self.path, index_arrays(self.plan, status))
+            return index_arrays(self.plan, status)
+
+        write_index(self.path, derive)
 
 
 def _segment_status(segment: Segment, shards: Sequence[Shard | None]) -> VideoStatus | None:

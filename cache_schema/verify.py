@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache_schema import files
+from cache_schema import files, metadata
 from cache_schema.errors import CacheCorrupt, CacheMismatch, SegmentFailed
 from cache_schema.index import STATUS, index_arrays, read_index
+from cache_schema.objects import StorePath
 from cache_schema.plan import Segment
 from cache_schema.report import SourceFile
 from cache_schema.shard import Shard, pread, read_records
@@ -33,9 +34,10 @@ class Problem:
     """One thing that is wrong.
 
     ``kind``: ``missing`` (a planned shard is not there: extraction is unfinished), ``deleted`` (it was there when
-    the ``videos`` index was made), ``unplanned`` (a file where no shard belongs), ``padding`` (bytes between frames
-    are not zero), ``videos_index``, ``newer_format``, ``differs`` (made again, a frame comes out otherwise),
-    ``source_changed``, ``source_gone``, or the ``kind`` of a ``CacheCorrupt`` (``truncated``, ``frame``).
+    the ``videos`` index was made), ``unplanned`` (a file where no shard belongs), ``lost`` (a folder holds shards, and
+    the zarr.json that makes it an array is gone), ``padding`` (bytes between frames are not zero), ``videos_index``,
+    ``newer_format``, ``differs`` (made again, a frame comes out otherwise), ``source_changed``, ``source_gone``, or the
+    ``kind`` of a ``CacheCorrupt`` (``truncated``, ``frame``).
     """
 
     shard: int | None
@@ -69,6 +71,24 @@ def quick(store: FeatureStore) -> list[Problem]:
     return found
 
 
+def lost(store: StorePath) -> list[tuple[str, Problem]]:
+    """The modalities that a store says it holds, in shards or in its index, and whose zarr.json is gone."""
+    return [
+        (
+            name,
+            Problem(
+                None,
+                None,
+                None,
+                "lost",
+                f"{store / name / 'zarr.json'} is gone, and {why}. It is made again by its "
+                "extraction, which keeps every shard that was made with the same settings",
+            ),
+        )
+        for name, why in metadata.lost_modalities(store).items()
+    ]
+
+
 def full(store: FeatureStore) -> list[Problem]:
     """``quick``, and the crc32c of every frame and every byte between frames: finds any flipped bit of a shard."""
     found = quick(store)
@@ -76,7 +96,7 @@ def full(store: FeatureStore) -> list[Problem]:
     for number in range(store.plan.num_shards):
         shard = None if number in not_sound else store.shard(number)
         if shard is not None:
-            found += _frames(store, number, shard)
+            found += files.fresh(lambda: list(_frames(store, number, shard)))  # noqa: B023
     return found
 
 
@@ -162,7 +182,7 @@ def sources(store: FeatureStore, look: Callable[[str], SourceFile | None], *, ha
         shard = store.shard(number)
         if shard is None:
             continue
-        written = shard.identity[2] / 1e9
+        written = files.modified(shard.file)
         for record in read_records(store.layout, shard.file):
             if record.facts and (problem := _source(record.video_id, record.facts, look, written, hashed)):
                 found.append(problem)
@@ -185,23 +205,34 @@ def _source(
 
 
 def _frames(store: FeatureStore, number: int, shard: Shard) -> Iterator[Problem]:
-    layout = store.layout
-    used = int(np.flatnonzero(shard.present)[-1]) + 1 if shard.present.any() else 0
     descriptor = files.open_regular(shard.file)
     try:
-        for slot in range(used):
-            raw = memoryview(pread(descriptor, layout.stride, slot * layout.stride))
-            frame_bytes = layout.frame_bytes if shard.present[slot] else 0
-            if frame_bytes and crc32c(raw[:frame_bytes]) != shard.crcs[slot]:
-                record = shard.record_at(slot)
-                frame = record.frame_index[slot - record.slot]
-                message = f"{shard.file}: frame {frame} of video {record.video_id!r} does not fit its crc32c"
-                yield Problem(number, record.video_id, frame, "frame", message)
-            if np.frombuffer(raw[frame_bytes:], np.uint8).any():
-                message = f"{shard.file}: the unused bytes of slot {slot} are not zero"
-                yield Problem(number, None, None, "padding", message)
+        yield from problems_of_frames(store, number, shard, descriptor)
     finally:
         os.close(descriptor)
+
+
+def problems_of_frames(store: FeatureStore, number: int, shard: Shard, descriptor: int) -> Iterator[Problem]:
+    """Every frame against its crc32c, and every byte between frames against zero, in an open file of the shard."""
+    layout = store.layout
+    used = int(np.flatnonzero(shard.present)[-1]) + 1 if shard.present.any() else 0
+    sums, sound = 0, True
+    for slot in range(used):
+        raw = memoryview(pread(descriptor, layout.stride, slot * layout.stride))
+        chunk_bytes = layout.chunk_bytes if shard.present[slot] else 0
+        if chunk_bytes and not layout.is_sound(raw[:chunk_bytes]):
+            sound = False
+            record = shard.record_at(slot)
+            frame = record.frame_index[slot - record.slot]
+            message = f"{shard.file}: frame {frame} of video {record.video_id!r} does not fit its crc32c"
+            yield Problem(number, record.video_id, frame, "frame", message)
+        sums = crc32c(raw[layout.frame_bytes : chunk_bytes], sums) if chunk_bytes else sums
+        if np.frombuffer(raw[chunk_bytes:], np.uint8).any():
+            message = f"{shard.file}: the unused bytes of slot {slot} are not zero"
+            yield Problem(number, None, None, "padding", message)
+    if sound and sums != shard.sums:
+        message = f"{shard.file}: its frames are sound, but not those that were written, or in another order"
+        yield Problem(number, None, None, "frames", message)
 
 
 def _absent(store: FeatureStore, number: int, *, deleted: bool) -> Problem:
@@ -212,9 +243,9 @@ def _absent(store: FeatureStore, number: int, *, deleted: bool) -> Problem:
 
 
 def _unplanned(store: FeatureStore) -> list[Problem]:
-    folder = store.layout.info.folder / "c"
-    planned = {str(number) for number in range(store.plan.num_shards)}
-    strangers = sorted(set(files.names_in(folder)) - planned)
+    folder, info = store.layout.info.folder, store.layout.info
+    planned = {info.shard_name(number) for number in range(store.plan.num_shards)}
+    strangers = sorted({name for name in files.names_in(folder) if name.startswith("c.")} - planned)
     return [
         Problem(None, None, None, "unplanned", f"{folder / name} is not in the plan: it was copied here by mistake")
         for name in strangers

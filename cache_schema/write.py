@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
 from cache_schema import files
-from cache_schema.errors import CacheCorrupt, SegmentFailed
+from cache_schema.errors import SegmentFailed
 from cache_schema.plan import Part, Segment, Task
 from cache_schema.quantize import TooInexact
 from cache_schema.report import TaskReport, VideoStatus
-from cache_schema.shard import Record, Shard, ShardWriter, pread, read_footer, read_records
-
-if TYPE_CHECKING:
-    from cache_schema.store import FeatureStore
+from cache_schema.shard import Record, Shard, ShardWriter, frame_corrupt, pread, read_footer, read_records
+from cache_schema.store import FeatureStore
 
 Array = npt.NDArray[Any]
 Batch = TypeVar("Batch")
@@ -39,8 +36,8 @@ class SegmentResult(Generic[Batch]):
     """What a producer gives for one segment.
 
     Attributes:
-        features: batches in the order of ``segment.frame_index``: arrays [b, *frame_shape] (``write_task``), or
-            mappings modality -> array (``write_tasks_together``). May raise ``SegmentFailed``.
+        features: batches in the order of ``segment.frame_index``: mappings modality -> array [b, *frame_shape].
+            May raise ``SegmentFailed``.
         facts: called after the last batch; a JSON object about the source that is stored in the footer. It must not
             depend on when or where it runs.
     """
@@ -49,34 +46,23 @@ class SegmentResult(Generic[Batch]):
     facts: Callable[[], Mapping[str, object]] = field(default=_no_facts)
 
 
-def write_single(store: FeatureStore, task: Task, produce: Callable[[Segment], SegmentResult[Array]]) -> TaskReport:
-    """``write_tasks_together`` for one store whose producer gives bare arrays."""
-
-    def produce_named(segment: Segment) -> SegmentResult[Mapping[str, Array]]:
-        result = produce(segment)
-        return SegmentResult(_named(store.modality, result.features), result.facts)
-
-    return write_tasks_together({store.modality: store}, task, produce_named)[store.modality]
-
-
-def _named(modality: str, features: Iterator[Array]) -> Iterator[Mapping[str, Array]]:
-    try:
-        for batch in features:
-            yield {modality: batch}
-    finally:
-        close_features(features)
-
-
-def write_tasks_together(
+def write_task(
     stores: Mapping[str, FeatureStore],
     task: Task,
     produce: Callable[[Segment], SegmentResult[Mapping[str, Array]]],
 ) -> dict[str, TaskReport]:
-    """Write one task of several modalities of one store from one pass of a producer.
+    """Write the shards of one task of ``plan.tasks()`` in these modalities of one store, and commit them.
+
+    ``produce`` is called for one video at a time. A ``SegmentFailed`` from it or its iterator, or a non-finite feature,
+    marks that video as failed; the shard is committed all the same. Any other error ends the task with nothing
+    published. A task with ``retry`` set copies the good videos and produces only the failed ones.
 
     Each modality commits for itself: one that is already committed is left alone (extra keys in a batch are ignored),
-    and a non-finite feature fails the video only where it occurs. The bytes are those that ``write_task`` would write
-    for each modality alone. Errors are those of ``FeatureStore.write_task``.
+    and a non-finite feature fails the video only where it occurs.
+
+    Raises:
+        ValueError: ``produce`` gave a wrong dtype, shape or number of frames, or facts that are not JSON.
+        OSError: the disk is full or not writable; the partial files are gone and what was committed is unharmed.
     """
     writers: dict[str, _ModalityWriter] = {}
     try:
@@ -242,16 +228,16 @@ class _ModalityWriter:
             published = files.publish(partial, final)
             self.store.shard(number)  # whoever published it, it must be sound
             return published
-        with files.locked(self.store.layout.info.folder):
-            current = self.store.shard(number)
-            if current is not None:
-                changed = current.identity != old.identity
-                if changed and len(current.failed) <= sum(not record.ok for record in records):
-                    return False  # another retry was at least as lucky
-                if read_footer(self.store.layout, partial) == read_footer(self.store.layout, final):
-                    return False
-            # Of an object store: only in the place of the very version that was looked at, for there are no locks.
-            return files.replace(partial, final if current is None else current.file)
+        current = self.store.shard(number)
+        if current is not None:
+            changed = current.identity != old.identity
+            if changed and len(current.failed) <= sum(not record.ok for record in records):
+                return False  # another retry was at least as lucky
+            if read_footer(self.store.layout, partial) == read_footer(self.store.layout, final):
+                return False
+        # Of an object store only in the place of the version that was looked at. Of two retries that replace a file at
+        # the same moment the later wins; both are whole.
+        return files.replace(partial, final if current is None else current.file)
 
     def _copy(self) -> bool:
         """Copy the segment from the committed shards when it is good in all of them."""
@@ -278,19 +264,13 @@ class _ModalityWriter:
         layout, writer = self.store.layout, self.shards[part.shard]
         descriptor = files.open_regular(shard.file)
         try:
-            for number, crc in enumerate(record.crc32c):
-                raw = pread(descriptor, layout.frame_bytes, (part.slot + number) * layout.stride)
-                if len(raw) != layout.frame_bytes or crc32c(raw) != crc:
-                    raise frame_corrupt(shard, record.video_id, record.frame_index[number])
-                writer.append(np.frombuffer(raw, layout.row_dtype).reshape(1, *layout.row_shape))
+            for number, frame in enumerate(record.frame_index):
+                chunk = pread(descriptor, layout.chunk_bytes, (part.slot + number) * layout.stride)
+                if not layout.is_sound(chunk):
+                    raise frame_corrupt(shard, record.video_id, frame)
+                writer.append(np.frombuffer(chunk[:-4], layout.row_dtype).reshape(1, *layout.row_shape))
         finally:
             os.close(descriptor)
-
-
-def frame_corrupt(shard: Shard, video_id: str, frame: int) -> CacheCorrupt:
-    """The error for a frame whose bytes changed since they were written."""
-    what = f"has a damaged frame: frame {frame} of video {video_id!r} does not fit its crc32c"
-    return CacheCorrupt.of_shard(shard.file, what, kind="frame", video_id=video_id, frame_index=frame)
 
 
 def as_stored(store: FeatureStore, batch: Array) -> Array:

@@ -25,18 +25,18 @@ import torch
 
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
-from pipeline import answers, compose, inputs, overrides, provenance, training
+from pipeline import compose, inputs, overrides, predictions, provenance, training
 from pipeline.ledger import Ledger
+from pipeline.locks import one_writer, writing
 from pipeline.progress import OnProgress
 from pipeline.provenance import RunProvenance
 from pipeline.runs import RunFolder
+from pipeline.scoring import Answers, held_out
 from pipeline.variants import MATCHED, Variant
 from stages import weights
 from stages.config import PipelineConfig
 from stages.data.samples import Batch, CachedSamples, Request, few
 from stages.decode.evaluate import read_predictions
-from stages.decode.metrics import hits
-from stages.decode.statistics import share_interval
 from stages.train import grid
 from stages.train.alignment import Alignment
 from stages.train.loop import Trainer, make_schedule
@@ -45,6 +45,7 @@ from stages.types import Decoder, Sample
 KEPT_SHARE = 4  # a quarter of the memory may keep features of val and test between students; the rest is for students
 
 
+@one_writer("out")
 def ablate(
     variants: Sequence[Variant],
     *,
@@ -87,7 +88,8 @@ def ablate(
         runner.run([variant for variant in matched if variant is not None])
     cost = {"rounds": runner.rounds, "llm_loads": runner.llm_loads, "seconds": time.monotonic() - started}
     done_before = len(variants) - sum(map(len, todo))
-    return ledger.result() | {"out": str(out), "done_before": done_before, **cost}
+    held = held_out(sources.dataset(variants[0].config), "test").to_json()
+    return ledger.result() | {"out": str(out), "held_out": held, "done_before": done_before, **cost}
 
 
 class Sources:
@@ -124,6 +126,7 @@ class Sources:
             if not wanted:
                 stores = self.stores(config)
                 found = list(inputs.available_samples(config, found, stores, self.cache, "train").samples)
+                inputs.refuse_changed_sources(config, stores[0], {s.video_id for s in found}, self.cache)
             self._samples[key] = few(found, config.train.max_samples, config.train.seed)
         return self._samples[key]
 
@@ -162,7 +165,7 @@ class Sources:
         run = RunFolder.open(ledger.out / variant.name)
         dataset = self.dataset(variant.config)
         now = compose.evaluation(run, split="test", cache=self.cache, dataset=dataset)
-        return answers.read_own(run, "test").digest == now.made_from.digest
+        return predictions.read_own(run, "test").digest == now.made_from.digest
 
     def train_set(self, configs: Sequence[PipelineConfig]) -> CachedSamples:
         """What the runs of one pass learn from; with a teacher as soon as one of them has one."""
@@ -281,12 +284,13 @@ class Runner:
         self, variants: Sequence[Variant], data: CachedSamples, decoder: Decoder, kept: Kept, where: str
     ) -> None:
         ready: list[tuple[Variant, RunFolder, Trainer, dict[str, Any]]] = []
-        for variant in variants:
-            with self._dropping(variant):
-                trainer = self._trainer(variant, data, decoder)
-                run = RunFolder.open(self.ledger.out / variant.name)
-                ready.append((variant, run, trainer, training.resume_run(run, trainer)))
         with contextlib.ExitStack() as stack:
+            for variant in variants:
+                with self._dropping(variant):
+                    trainer = self._trainer(variant, data, decoder)
+                    stack.enter_context(writing(self.ledger.out / variant.name))
+                    run = RunFolder.open(self.ledger.out / variant.name)
+                    ready.append((variant, run, trainer, training.resume_run(run, trainer)))
             entrants = []
             for variant, run, trainer, state in ready:
                 recording = training.recording(
@@ -354,15 +358,11 @@ class Runner:
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> dict[str, Any]:
-    """One arm: hits are averaged over its seeds per sample, then whole videos are drawn."""
-    answers = [
-        {p.sample_id: p for p in read_predictions(ledger.out / row["variant"] / "predictions.jsonl")} for row in rows
-    ]
-    common = [key for key in answers[0] if all(key in other for other in answers)]
+    """One arm over its seeds."""
     rule: Any = ledger.rule
-    right = np.array([hits([found[key] for key in common], rule) for found in answers], dtype=float)
-    per_seed = [row["accuracy"] for row in rows]
-    interval = share_interval(right.mean(axis=0), [answers[0][key].video_id for key in common])
+    files = [ledger.out / row["variant"] / "predictions.jsonl" for row in rows]
+    answers = Answers.of([(row["seed"], read_predictions(file)) for row, file in zip(rows, files, strict=True)], rule)
+    interval, per_seed = answers.interval, [row["accuracy"] for row in rows]
     return {
         "seeds": [row["seed"] for row in rows],
         "k": sum(row["k"] for row in rows),
@@ -371,7 +371,7 @@ def _over_seeds(rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> dict[str, 
         "interval": None if interval is None else [interval.low, interval.high],
         "videos": 0 if interval is None else interval.videos,
         "per_seed": per_seed,
-        "seed_sd": float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None,
+        "seed_sd": answers.seed_sd,
     }
 
 

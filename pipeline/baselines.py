@@ -4,22 +4,24 @@
 
     OUT/baselines.json                 the scores of all of them
     OUT/<probe>/predictions.jsonl      the same lines as those of ``evaluate``, so that ``compare`` can pair them
-    OUT/<probe>/probe.json             seed, rule, and what was chosen on val
+    OUT/<probe>/probe.json             seed, rule, questions, what was chosen on val, and what could not be fitted
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cache_schema.objects import StorePath
 from cache_schema.store import FeatureStore
 from pipeline import provenance, registry, scoring
-from pipeline.answers import predictions_file
 from pipeline.errors import ConfigError
 from pipeline.inputs import available_samples, load_dataset, open_stores, refuse_leaks, samples_of
+from pipeline.locks import one_writer, replace_text
+from pipeline.predictions import predictions_file
 from pipeline.printing import to_json
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
@@ -27,13 +29,14 @@ from stages.data.samples import few
 from stages.decode.evaluate import line_of, read_predictions
 from stages.decode.metrics import Prediction
 from stages.train import probes
-from stages.train.probes import ProbeRefused, Splits
+from stages.train.probes import ProbeRefused, Splits, TaskAnswers
 from stages.types import Sample
 
 KEPT_LABELS = 64  # up to here the scores of all labels are kept, so that windows of a video can be averaged
-METHOD = 2  # of the probes: another number means that answers on disk are not those that would be given today
+METHOD = 3  # of the probes: another number means that answers on disk are not those that would be given today
 
 
+@one_writer("out")
 def baselines(
     config: PipelineConfig,
     *,
@@ -65,24 +68,38 @@ def baselines(
     done: dict[str, Any] = {}
     refused: dict[str, str] = {}
     fitted = 0
-    for number, (name, probe) in enumerate(fits.items()):
-        progress(number, len(fits), name)
+    for number, (name, probe) in enumerate(fits.items(), start=1):
         source = stores["teacher" if name.startswith("teacher") else "clip"]
         path, run = predictions_file(out / name, split), f"{name}:{_digest(config, source, splits)}"
         try:
             if not _is_there(path, run, splits.test):
-                predictions, chosen = _answers(probe, stores, splits, config.train.seed, run)
-                facts = {"probe": name, "seed": config.train.seed, "match": dataset.answer_rule, "chosen": chosen}
-                _write(path, predictions, facts)
+                where = f"{name}, {number} of {len(fits)}"
+                # A phase for each: a second of one is no measure of the next.
+                log = partial(lambda where, done, total: progress(done, total, where), where)
+                fits_of_tasks = probes.fit_tasks(probe, stores, splits, seed=config.train.seed, log=log)
+                facts = {
+                    "probe": name,
+                    "seed": config.train.seed,
+                    "match": dataset.answer_rule,
+                    "data": config.data.model_dump(mode="json", exclude={"videos"}),
+                    "chosen": {part.task: part.answers.chosen for part in fits_of_tasks},
+                    "not_fitted": {
+                        part.task: {"samples": len(part.samples), "reason": part.refused}
+                        for part in fits_of_tasks
+                        if part.refused
+                    },
+                }
+                _write(path, _predictions(fits_of_tasks, run), facts)
                 fitted += 1
         except ProbeRefused as error:
             refused[name] = str(error)
             continue
         facts = json.loads((out / name / "probe.json").read_text())
-        done[name] = scoring.report(dataset, wanted[2], kept[2], split, path) | {"chosen": facts["chosen"]}
-    progress(len(fits), len(fits), "")
+        done[name] = scoring.report(dataset, wanted[2], kept[2], split, path)
+        done[name] |= {key: facts[key] for key in ("chosen", "not_fitted")}
     result = {
         "split": split,
+        "held_out": scoring.held_out(dataset, split).to_json(),
         "train_samples": len(splits.train),
         "val_samples": len(splits.val),
         "baselines": done,
@@ -92,7 +109,7 @@ def baselines(
         "out": str(out),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "baselines.json").write_text(to_json(result) + "\n")
+    replace_text(out / "baselines.json", to_json(result) + "\n")
     return result
 
 
@@ -101,16 +118,11 @@ def _stores(config: PipelineConfig, cache: StorePath, *, needs_teacher: bool) ->
     return dict(zip(("clip", "teacher"), opened, strict=False))
 
 
-def _answers(
-    probe: Any, stores: Mapping[str, FeatureStore], splits: Splits, seed: int, run: str
-) -> tuple[list[Prediction], dict[str, Mapping[str, float | int]]]:
-    """Predictions for the test samples of every task, and what was chosen by task."""
+def _predictions(fits_of_tasks: Sequence[TaskAnswers], run: str) -> list[Prediction]:
     predictions: list[Prediction] = []
-    choices: dict[str, Mapping[str, float | int]] = {}
-    for task, parts in probes.tasks(splits).items():
-        answers = probe(stores, parts, seed=seed)
-        choices[task] = answers.chosen
-        for s, ranked, row in zip(parts.test, answers.ranked(KEPT_LABELS), answers.log_probs, strict=True):
+    for part in fits_of_tasks:
+        answers = part.answers
+        for s, ranked, row in zip(part.samples, answers.ranked(KEPT_LABELS), answers.log_probs, strict=True):
             scores = tuple(sorted(row.tolist(), reverse=True)) if len(row) <= KEPT_LABELS else ()
             predictions.append(
                 Prediction(
@@ -125,7 +137,7 @@ def _answers(
                     scores,
                 )
             )
-    return predictions, choices
+    return predictions
 
 
 def _write(path: Path, predictions: Sequence[Prediction], facts: Mapping[str, Any]) -> None:

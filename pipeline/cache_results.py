@@ -78,8 +78,23 @@ def show_gc(result: Result) -> None:
     say(f"{result['removed']} {would}, {size(result['bytes'])}" if result["orphans"] else "nothing left over")
     if any(o["kind"] == "unplanned" and not o["removed"] for o in result["orphans"]):
         say("Files that are no part of the store go with --unplanned; look at them first.")
-    if any(o["kind"] != "unplanned" and not o["removed"] for o in result["orphans"]):
+    if any(o["kind"] == "partial" and not o["removed"] for o in result["orphans"]):
         say("What belongs to a machine that is gone for good goes with --host NAME.")
+
+
+def show_copy(result: Result) -> None:
+    """Shards per modality, and those that were not copied because they are damaged."""
+    shown = new_table("modality", "to copy" if result["dry_run"] else "copied", "there before", "size")
+    for part in result["modalities"]:
+        shown.add_row(part["modality"], cell(part["copied"]), cell(part["present"]), size(part["bytes"]))
+    show_table(f"Shards of {result['from']} for {result['to']}:", shown)
+    say_all([f"not copied: {message}" for message in result["damaged"]])
+    if result["damaged"]:
+        say("What to do:")
+        for command in result["next"]:
+            to_type(command)
+    elif not any(part["copied"] for part in result["modalities"]):
+        say("every shard is there; nothing to do")
 
 
 def show_inspect(result: Result) -> None:

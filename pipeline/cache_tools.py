@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import functools
 import json
-import os
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cache_schema import export as exports
-from cache_schema import metadata, orphans, verify
+from cache_schema import files, metadata, orphans, verify
+from cache_schema.copy import copy_store
 from cache_schema.errors import CacheCorrupt, CacheError, CacheMissing
 from cache_schema.objects import StorePath
 from cache_schema.repair import Produce, repair_shard
@@ -48,39 +48,72 @@ class Options:
         sets = [part for item in self.sets for part in ("--set", item)]
         return shlex.join(["pipeline", *words, "--preset", self.config.preset, "--cache", str(self.cache), *sets])
 
-    def stores(self) -> dict[str, FeatureStore]:
-        """All modalities. Raises CacheMissing where there is no store, CacheCorrupt for damaged metadata."""
+    def fitted(self, stores: Mapping[str, FeatureStore]) -> Options:
+        """The same with the preset, and the settings besides, that make the features of these stores.
+
+        Without ``--preset`` a store may be anybody's; a command of another preset would be refused, or fill it with
+        other features.
+        """
+        from pipeline import inputs, presets
+        from pipeline.overrides import apply
+
+        def wrong(config: PipelineConfig) -> dict[str, dict[str, object]]:
+            encoders = {name: _which(store) for name, store in stores.items() if "/" not in name or _main(name, config)}
+            return {name: inputs.differing(stores[name], config, which) for name, which in encoders.items()}
+
+        def distance(config: PipelineConfig) -> int:
+            return sum(map(len, wrong(config).values()))
+
+        names = list(dict.fromkeys((self.config.preset, *presets.PRESETS)))
+        configs = [self.config, *(apply(presets.get(name), self.sets) for name in names[1:])]
+        best = min(configs, key=distance)  # the first of equals
+        more = [
+            item
+            for name, fields in wrong(best).items()
+            for item in inputs.settings_of(stores[name], best, _which(stores[name]), fields)
+        ]
+        return Options(apply(best, more), [*self.sets, *dict.fromkeys(more)], self.cache)
+
+    def stores(self, *, lost: bool = False) -> dict[str, FeatureStore]:
+        """All modalities. Raises CacheMissing where there is no store, CacheCorrupt for damaged metadata.
+
+        Args:
+            lost: go on where the zarr.json of a modality is gone, with the others.
+        """
         metadata.read_group(self.cache)
         names = metadata.list_modalities(self.cache)
-        if not names:
-            raise CacheMissing(f"{self.cache} holds no features yet. Make them with:\n  {self._extract('tokens')}")
-        return {name: FeatureStore.open(self.cache, name, help_command=self._extract(name)) for name in sorted(names)}
+        gone = verify.lost(self.cache)
+        for name, problem in [] if lost else gone:
+            raise CacheCorrupt(f"{problem.message}:\n  {self.extract(name)}")
+        if not names and not gone:
+            raise CacheMissing(f"{self.cache} holds no features yet. Make them with:\n  {self.extract('tokens')}")
+        return {name: FeatureStore.open(self.cache, name, help_command=self.extract(name)) for name in sorted(names)}
 
-    def _extract(self, modality: str) -> str:
+    def extract(self, modality: str) -> str:
+        """The command that makes a modality."""
         return self.command(f"extract-{ENCODER_OF.get(modality.partition('/')[0], 'clip')}")
 
 
 # ---------------------------------------------------------------- what is there
 
 
-def list_stores(folder: Path) -> dict[str, Any]:
-    """Every store below a folder: modalities with videos, frames, bytes on disk and the digest of their settings."""
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder.\nName one that holds stores:  pipeline cache ls FOLDER")
-    return {"stores": [_describe(store) for store in sorted(_find_stores(folder, DEPTH))]}
+def list_stores(place: StorePath) -> dict[str, Any]:
+    """Every store below a folder or prefix: modalities with videos, frames, bytes and the digest of their settings."""
+    if not place.is_dir():
+        raise ConfigError(f"{place} holds nothing.\nName a folder or s3://… with stores:  pipeline cache ls FOLDER")
+    return {"stores": [_describe(store) for store in sorted(_find_stores(place, DEPTH), key=str)]}
 
 
-def _find_stores(folder: Path, depth: int) -> Iterator[Path]:
-    with contextlib.suppress(OSError, ValueError):
-        attributes = json.loads((folder / "zarr.json").read_bytes()).get("attributes") or {}
-        if attributes.get("format") == metadata.FORMAT:
-            yield folder
+def _find_stores(place: StorePath, depth: int) -> Iterator[StorePath]:
+    with contextlib.suppress(FileNotFoundError, PermissionError, ValueError):
+        attributes = json.loads(files.read_bytes(place / "zarr.json", files.MAX_METADATA_BYTES)).get("attributes")
+        if (attributes or {}).get("format") == metadata.FORMAT:
+            yield place
             return
     if depth:
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(folder):
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _find_stores(Path(entry.path), depth - 1)
+        with contextlib.suppress(PermissionError):
+            for folder in files.folders_in(place):
+                yield from _find_stores(folder, depth - 1)
 
 
 def _describe(store: StorePath) -> dict[str, Any]:
@@ -89,6 +122,8 @@ def _describe(store: StorePath) -> dict[str, Any]:
         metadata.read_group(store)
         for name in metadata.list_modalities(store):
             facts["modalities"].append(_describe_modality(FeatureStore.open(store, name)))
+        for _, problem in verify.lost(store):
+            facts["error"] = problem.message
     except CacheError as error:
         facts["error"] = str(error)
     return facts
@@ -181,9 +216,9 @@ def check(
     progress: OnProgress,
 ) -> dict[str, Any]:
     """Problems of all modalities, and what to type about them. ``semantic`` is a number of frames to make again."""
-    stores = options.stores()
-    problems: list[tuple[str, Problem]] = []
-    checked = []
+    stores = options.stores(lost=True)
+    problems = verify.lost(options.cache)
+    checked = [{"modality": name, "shards": 0, "problems": 1} for name, _ in problems]
     for number, (name, store) in enumerate(stores.items()):
         progress(number, len(stores), f"{'full' if full else 'quick'} check of {name}")
         found = (verify.full if full else verify.quick)(store)
@@ -207,7 +242,7 @@ def check(
         ],
         "modalities": checked,
         "problems": [_problem(name, problem) for name, problem in problems],
-        "next": _next(options, problems),
+        "next": _next(options.fitted(stores), problems) if problems else [],
     }
 
 
@@ -231,7 +266,7 @@ def _next(options: Options, problems: Collection[tuple[str, Problem]]) -> list[s
         commands.append(options.command("cache", "repair"))
     if "source_changed" in kinds:
         commands.append(options.command("cache", "repair", "--sources"))
-    for modality in dict.fromkeys(name for name, problem in problems if problem.kind == "missing"):
+    for modality in dict.fromkeys(name for name, problem in problems if problem.kind in ("missing", "lost")):
         commands.append(options.command(f"extract-{ENCODER_OF.get(modality.partition('/')[0], 'clip')}"))
     if "unplanned" in kinds:
         commands.append(options.command("cache", "gc", "--dry-run"))
@@ -327,6 +362,11 @@ def _repair_all(
     progress(done, len(todo), "repaired")
 
 
+def _main(modality: str, config: PipelineConfig) -> bool:
+    """Whether a teacher's modality is the layer that a configuration trains on."""
+    return modality.removeprefix("pooled/layer").partition("_")[0] == str(config.teacher.layer)
+
+
 def _which(store: FeatureStore) -> Which:
     which = ENCODER_OF.get(store.modality.partition("/")[0])
     if which is None:
@@ -375,12 +415,12 @@ def _look(options: Options) -> Iterator[Callable[[str], SourceFile | None]]:
 
 
 def collect_garbage(options: Options, *, dead_hosts: Collection[str], unplanned: bool, dry_run: bool) -> dict[str, Any]:
-    """Partial files and claims of dead processes, and with ``unplanned`` what nobody planned."""
-    options.stores()  # refuses a folder that is no store
+    """Partial files of dead processes, and with ``unplanned`` what nobody planned."""
+    metadata.read_group(options.cache)  # refuses a folder that is no store
     found = orphans.find(options.cache, dead_hosts=dead_hosts)
     listed = []
     for orphan in found:
-        gone = orphan.dead or (unplanned and orphan.kind == "unplanned")
+        gone = orphan.dead or (unplanned and orphan.kind == "unplanned")  # never features
         if gone and not dry_run:
             orphans.remove(orphan)
         path = str(orphan.path).removeprefix(f"{options.cache}/")
@@ -390,6 +430,25 @@ def collect_garbage(options: Options, *, dead_hosts: Collection[str], unplanned:
         "orphans": listed,
         "removed": sum(entry["removed"] for entry in listed),
         "bytes": sum(entry["bytes"] for entry in listed if entry["removed"]),
+        "dry_run": dry_run,
+    }
+
+
+def copy(source: StorePath, target: StorePath, *, dry_run: bool, progress: OnProgress) -> dict[str, Any]:
+    """Every committed shard of a store that the destination lacks, checked on its way."""
+    if str(source) == str(target):
+        raise ConfigError(f"{source} cannot be copied onto itself; name another folder or URL")
+    results = copy_store(source, target, dry_run=dry_run, progress=progress)
+    damaged = [message for result in results for message in result.damaged]
+    return {
+        "from": str(source),
+        "to": str(target),
+        "modalities": [
+            {"modality": r.modality, "copied": r.copied, "present": r.present, "bytes": r.bytes} for r in results
+        ],
+        "bytes": sum(result.bytes for result in results),
+        "damaged": damaged,
+        "next": [shlex.join(["pipeline", "cache", "verify", "--full", "--cache", str(source)])] if damaged else [],
         "dry_run": dry_run,
     }
 

@@ -13,16 +13,18 @@ from typing import Annotated
 import typer
 
 from pipeline.commands import cache, features, findings, machine, students, studies
+from pipeline.errors import outliving_readers
 
 app = typer.Typer(
     name="pipeline",
     help=(
         "Diff-LMM as a feature-caching pipeline: extract frozen features once, train the student against them, "
         "evaluate it through a frozen language model.\n\n"
-        "Every command resumes, and says so. Exit codes: 0 done, 2 usage or config, 3 finished with failures, 4 cache "
-        "missing or stale, 5 environment, 75 interrupted (the same command resumes), 130 Ctrl-C."
+        "Every command resumes, and says so. Exit codes: 0 done, 1 a defect of this program, 2 usage or config, "
+        "3 finished with failures, 4 cache missing or stale, 5 environment, 75 interrupted, disk full or folder in use "
+        "(the same command resumes), 130 Ctrl-C."
     ),
-    epilog="Example:  pipeline extract --preset miniature",
+    epilog="Example:  pipeline synth && pipeline extract --preset miniature",
     rich_markup_mode=None,  # plain text: quicker, and the same on every terminal
     add_completion=False,
     no_args_is_help=True,
@@ -50,7 +52,8 @@ def _main(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
-    app(arguments)
+    with outliving_readers():
+        app(arguments)
 
 
 if __name__ == "__main__":

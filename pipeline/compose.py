@@ -13,16 +13,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cache_schema.errors import CacheMismatch
 from cache_schema.objects import StorePath, locate
 from cache_schema.store import FeatureStore
-from pipeline import answers, inputs, provenance, scoring, training
+from pipeline import inputs, predictions, provenance, scoring, training
 from pipeline.errors import ConfigError
 from pipeline.inputs import BOTH, SamplesFrom, Which
+from pipeline.locks import one_writer
 from pipeline.overrides import apply
 from pipeline.progress import OnProgress, Stopwatch
 from pipeline.provenance import AnswersProvenance
 from pipeline.runs import RunFolder
 from stages.config import PipelineConfig
+from stages.data.lvu import LvuDataset
 from stages.data.manifest import coverage, estimate
 from stages.data.samples import Availability, CachedSamples, few
 from stages.decode.evaluate import ClosedSets, by_window, resume
@@ -32,6 +35,7 @@ from stages.extract.run import extract as run_extraction
 from stages.train import diagnostics
 from stages.train.loop import make_schedule, module_weights
 from stages.train.loop import train as run_training
+from stages.train.student import load_trained
 from stages.types import Decoder, Sample
 
 MAX_LABELS = 256  # a label set; open questions have thousands of answers
@@ -47,6 +51,7 @@ def extract(
     cache: StorePath,
     workers: int,
     retry_failed: bool,
+    part: tuple[int, int] = (1, 1),
     splits: Sequence[str],
     device: str,
     dry_run: bool,
@@ -57,6 +62,7 @@ def extract(
     dataset = inputs.load_dataset(config)
     wanted = dataset.wanted(list(splits) or None)
     if dry_run:
+        inputs.check_stores(config, cache, encoders)
         sizes = {
             name: int(np.prod(shape)) * np.dtype(dtype).itemsize
             for encoder in encoders
@@ -66,15 +72,25 @@ def extract(
     if not wanted:
         raise ConfigError(f"data.videos={config.data.videos!r} and data.annotations name no video")
     job = make_job(config, which=which, cache=cache, device=device)
-    report = run_extraction(job, wanted, workers=workers, retry_failed=retry_failed, progress=progress)
-    failed, missing = report.failures, set(report.missing)
+    # LVU's windows leave out an outro of 30 s and what is left of the last stride.
+    unseen_s = 30.0 + config.data.stride_s if isinstance(dataset, LvuDataset) else 2.0
+    options: dict[str, Any] = {"workers": workers, "retry_failed": retry_failed, "part": part, "unseen_s": unseen_s}
+    try:
+        report = run_extraction(job, wanted, **options, progress=progress)
+    except CacheMismatch as error:  # the same command would end here again
+        told = str(error).removesuffix(f"\n  {error.help_command}") if error.help_command else str(error)
+        command = inputs.other_cache_command("extract", config, cache)
+        raise CacheMismatch(told, help_command=command, differences=error.differences) from error
+    failed, untried = report.failures, {*report.missing, *report.elsewhere}
+    missing = set(report.missing)
     per_split = {name: dataset.wanted([name]) for name in (list(splits) or dataset.splits)} or {"all": wanted}
-    status = {video: failed.get(video) for video in wanted if video not in missing}
+    status = {video: failed.get(video) for video in wanted if video not in untried}
     covered = coverage(per_split, has=lambda video: video not in missing, status=status)
     return report.to_json() | {
         "coverage": {name: part.to_json() for name, part in covered.items()},
-        "warnings": list(dataset.warnings),
+        "warnings": [*dataset.warnings, *inputs.unannotated(config, dataset)],
         "cache": str(cache),
+        "repair": inputs.extract_command("cache repair --sources", config, cache),
     }
 
 
@@ -88,6 +104,7 @@ def make_job(config: PipelineConfig, *, which: Which | Literal["both"], cache: S
 # ---------------------------------------------------------------- stage 2
 
 
+@one_writer("out")
 def train(
     config: PipelineConfig, *, cache: StorePath, out: Path, device: str, dry_run: bool, progress: OnProgress
 ) -> dict[str, Any]:
@@ -95,13 +112,15 @@ def train(
     dataset = inputs.load_dataset(config)
     samples = inputs.samples_of(dataset, "train")
     inputs.refuse_leaks(config, dataset.leaks)
-    if dry_run:
-        return training.training_estimate(config, few(samples, config.train.max_samples, config.train.seed))
     aligned = config.train.lambda_kd > 0
+    if dry_run:
+        inputs.check_stores(config, cache, BOTH if aligned else BOTH[:1])
+        return training.training_estimate(config, few(samples, config.train.max_samples, config.train.seed))
     stores = inputs.open_stores(config, cache, aligned=aligned)
     data = inputs.available_samples(config, samples, stores, cache, "train")
     val = training.validation_samples(config, dataset, stores, cache)
     learned = {"train": data.samples} | ({} if val is None else {"val": val})
+    touched = inputs.refuse_changed_sources(config, stores[0], {s.video_id for s in data.samples}, cache)
     run = RunFolder.create(out, config, provenance=provenance.of_run(config, stores, learned, cache=cache, out=out))
     readers = config.data.reader_threads
     train_set = CachedSamples(few(data.samples, config.train.max_samples, config.train.seed), *stores, readers=readers)
@@ -121,7 +140,7 @@ def train(
             progress=progress,
         )
     alarm = diagnostics.saturation(run.metrics()) if config.align.weights == "adaptive" else None
-    warnings = [*dataset.warnings, *([str(alarm)] if alarm is not None else [])]
+    warnings = [*dataset.warnings, *touched, *data.summary(), *([str(alarm)] if alarm is not None else [])]
     return summary | {"run": str(out), "dropped": data.dropped, "warnings": warnings}
 
 
@@ -194,10 +213,12 @@ def evaluation(
         labels=None if closed is None else closed.labels,
         checkpoint=checkpoint,
         changed=provenance.changed_settings(apply(run.config, sets), run.config),
+        held_out=scoring.held_out(dataset, split).to_json(),
     )
     return Evaluation(config, dataset, samples, available, tokens, closed, made_from)
 
 
+@one_writer("run_path", create=False)
 def evaluate(
     run_path: Path,
     *,
@@ -229,9 +250,12 @@ def evaluate(
     """
     run = RunFolder.open(run_path)
     if dry_run:
-        dataset = inputs.load_dataset(apply(run.located_config, sets))
+        config = apply(run.located_config, sets)
+        dataset = inputs.load_dataset(config)
         samples = inputs.samples_of(dataset, split)
         published = dataset.published_n(split)
+        if cache is not None or run.provenance is not None:
+            inputs.check_stores(config, locate(run.cache) if cache is None else cache, BOTH[:1])
         return {"samples": len(samples), "videos": len({s.video_id for s in samples}), "published_n": published}
     cache = locate(run.cache) if cache is None else cache
     todo = evaluation(run, split=split, cache=cache, sets=sets, checkpoint=checkpoint or "", dataset=dataset)
@@ -241,8 +265,8 @@ def evaluate(
     watch = Stopwatch()
     decoder = decoder or training.build_decoder(config, device)
     student = training.build_student(config, tokens.spec.frame_shape[-1], decoder.width, device).eval()
-    student.load_state_dict(module_weights("student", loaded.tensors), strict=True)
-    write, notes = answers.place(run, todo.made_from)
+    load_trained(student, module_weights("student", loaded.tensors), source=loaded.path)
+    write, notes = predictions.place(run, todo.made_from)
     answered = resume(write, todo.made_from.digest)
     missing = by_window(data.samples, (i for i, s in enumerate(data.samples) if s.sample_id not in answered))
     progress(len(answered), len(data), split)

@@ -23,6 +23,7 @@ from cache_schema.objects import StorePath, locate
 from cache_schema.store import FeatureStore
 from pipeline import registry
 from pipeline.inputs import available_samples, load_dataset, open_stores, refuse_features_of_another_run, samples_of
+from pipeline.locks import one_writer, replace_text
 from pipeline.printing import in_one_line
 from pipeline.progress import OnProgress
 from pipeline.provenance import Questions, features
@@ -40,6 +41,7 @@ from stages.types import Sample
 FORMAT = 2
 
 
+@one_writer("run_path", create=False)
 def diagnose(
     run_path: Path,
     *,
@@ -99,9 +101,7 @@ def diagnose(
         "operations": _operations(config, trainer, data),
     }
     text = json.dumps(_strict(result), allow_nan=False)
-    temp = run.diagnostics.with_name(f".{run.diagnostics.name}.tmp")
-    temp.write_text(text + "\n")
-    temp.replace(run.diagnostics)
+    replace_text(run.diagnostics, text + "\n")
     progress(3, 3, "")
     return {
         "diagnostics": str(run.diagnostics),

@@ -1,4 +1,4 @@
-"""What this machine, and an object store, have and lack. Of a store, only keys of this command's own are used."""
+"""Check this machine, and a folder or an object store. Of a store, only names of this command's own are used."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LOW_DISK = 10 * 10**9  # bytes: the miniature needs less, any real cache more
+from pipeline import folder_probe
+from stages.stopping import SIGNALS, STOP
 
 
 def examine(store: str | None) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def examine(store: str | None) -> dict[str, Any]:
     A check that is not ok makes the whole not ok, except for what is optional (no GPU, little disk).
     """
     checks = [_check("python", _python), _check("torch", _torch), _check("decoder", _decoder)]
-    checks += [_check("cache format", _zarr), _check("disk", _disk)]
+    checks += [_check("cache format", _zarr), _check("disk", _disk), _check("signals", _signals)]
     if store is not None:
         checks += _store(store)
     return {"ok": all(check["ok"] for check in checks), "checks": checks} | ({"store": store} if store else {})
@@ -76,14 +77,23 @@ def _zarr() -> tuple[bool, str]:
 
 
 def _disk() -> tuple[bool, str]:
-    from pipeline.printing import size
-
     here = Path("cache") if Path("cache").is_dir() else Path(".")
     if not os.access(here, os.W_OK):
         return False, f"{here.resolve()} cannot be written"
-    free = shutil.disk_usage(here).free
-    advice = "; a real cache needs more: see --dry-run of extract-clip" if free < LOW_DISK else ""
-    return True, f"{size(free)} free at {here.resolve()}{advice}"
+    probes = folder_probe.probe(here)
+    lacking = [f"{one.name}: {one.detail}" for one in probes[1:-1] if one.detail != folder_probe.FINE]
+    kind, space = probes[0].detail, probes[-1].detail
+    return all(one.ok for one in probes), "; ".join([f"{space}, {here.resolve()} ({kind})", *lacking])
+
+
+def _signals() -> tuple[bool, str]:
+    """Which signals this process would hear: its parent may have it ignore some."""
+    ignored = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    names = ", ".join(signal.Signals(number).name for number in STOP if number not in ignored)
+    text = f"{names}: finish the step or shard, save, exit 75; SIGINT (Ctrl-C): exit 130"
+    if ignored:
+        text += f"; ignored here, as nohup asks: {', '.join(signal.Signals(number).name for number in ignored)}"
+    return True, text
 
 
 def _store(url: str) -> list[dict[str, Any]]:
@@ -91,10 +101,10 @@ def _store(url: str) -> list[dict[str, Any]]:
     from cache_schema.probe import probe
 
     store = locate(url)
-    if not isinstance(store, ObjectPath):
-        if not store.is_dir():
-            raise FileNotFoundError(2, "No such folder", str(store))
-        return [{"name": "store", "ok": os.access(store, os.W_OK), "detail": "a local folder; needs no probe"}]
-    return [
-        {"name": f"store: {one.name}", "ok": one.ok, "detail": one.detail or "as it must be"} for one in probe(store)
-    ]
+    if isinstance(store, ObjectPath):
+        probes = [(one.name, one.ok, one.detail or folder_probe.FINE) for one in probe(store)]
+    elif store.is_dir():
+        probes = [(one.name, one.ok, one.detail) for one in folder_probe.probe(store)]
+    else:
+        raise FileNotFoundError(2, "No such folder", str(store))
+    return [{"name": f"store: {name}", "ok": ok, "detail": detail} for name, ok, detail in probes]

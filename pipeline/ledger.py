@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.locks import is_lock
 from pipeline.runs import RunFolder, free_folder, write_json
 from pipeline.variants import Variant
 
@@ -45,7 +46,8 @@ class Ledger:
         if (out / FILE).exists():
             ledger = cls.open(out)
         else:
-            foreign = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+            names = [entry.name for entry in out.iterdir()] if out.is_dir() else []
+            foreign = sorted(name for name in names if name != f".{FILE}.tmp" and not is_lock(name))
             if foreign or out.is_file():
                 raise ConfigError(
                     f"{out} holds other files ({', '.join(foreign[:3]) or 'it is one'}) and no ablation.\n"

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
-from stages.config import PipelineConfig
+from stages.config import SECRETS, PipelineConfig
 
 SPEED_ONLY = ("data.io", "data.reader_threads")
 # Where things lie. What lies there is known by content (provenance.py), so a move changes no run.
@@ -19,6 +19,7 @@ PLACES = (
     *("data.videos", "data.annotations", "clip.weights", "teacher.model", "teacher.weights"),
     *("student.init", "student.tokenizer", "decode.llm", "decode.llm_config"),
 )
+DRAWN = "cache/miniature/world/"  # where `pipeline synth` draws videos and annotations that belong together
 TEACHER_ONLY = ("align.", "teacher.")  # what does nothing where train.lambda_kd is 0
 Schema = Mapping[str, Any]  # a JSON schema, as pydantic writes it
 
@@ -28,13 +29,14 @@ def apply(config: PipelineConfig, sets: Sequence[str]) -> PipelineConfig:
 
     A value is read as JSON where it is JSON and as text otherwise; where the setting is text, only a quoted JSON
     string is unquoted, so that ``--set decode.revision=12e4567`` stays what it is. ``teacher.layer`` alone also makes
-    that layer the extracted one, unless it is among ``teacher.layers`` already.
+    that layer the extracted one, unless it is among ``teacher.layers`` already; ``data.videos`` alone leaves the drawn
+    annotations of the miniature behind, so that other videos are without any.
 
     Raises:
         ConfigError: no such key (the nearest are named), a value of another kind (the message says what is expected),
             or values that contradict each other.
     """
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", context=SECRETS)
     fields = _fields()
     for item in sets:
         key, equals, raw = item.partition("=")
@@ -46,6 +48,10 @@ def apply(config: PipelineConfig, sets: Sequence[str]) -> PipelineConfig:
         section, name = key.split(".")
         values[section][name] = _parse(raw, fields[key])
     changed = {item.partition("=")[0].strip() for item in sets}
+    if config.preset == "miniature" and "data.annotations" not in changed:
+        before, now = config.data, values["data"]
+        if now["videos"] != before.videos and before.annotations.startswith(DRAWN):
+            now["annotations"] = ""  # what was drawn says nothing about other videos
     if "teacher.layer" in changed and "teacher.layers" not in changed:
         layer = values["teacher"]["layer"]
         if layer not in values["teacher"]["layers"]:
@@ -185,12 +191,13 @@ def _consistent(config: PipelineConfig) -> None:
     if teacher.geometry != config.clip.geometry:
         problems.append(
             f"teacher.geometry: {teacher.geometry} differs from clip.geometry ({config.clip.geometry}); "
-            "student and teacher must see the same picture"
+            f"student and teacher must see the same picture:  --set clip.geometry={teacher.geometry}"
         )
     if max(config.align.levels) > student.num_layers + 1:
         problems.append(
             f"align.levels: {max(config.align.levels)} is above {student.num_layers + 1}, the embedding output and "
-            f"student.num_layers={student.num_layers} blocks"
+            f"student.num_layers={student.num_layers} blocks; "
+            f"take the last:  --set align.levels={student.num_layers + 1}"
         )
     if student.hidden_size % student.num_heads:
         problems.append(
@@ -202,10 +209,14 @@ def _consistent(config: PipelineConfig) -> None:
             f"raise it:  --set student.max_frames={config.data.num_frames}"
         )
     if train.micro_batch > train.batch_size:
-        problems.append(f"train.micro_batch: {train.micro_batch} is above train.batch_size ({train.batch_size})")
+        problems.append(
+            f"train.micro_batch: {train.micro_batch} is above train.batch_size ({train.batch_size}); "
+            f"lower it:  --set train.micro_batch={train.batch_size}"
+        )
     if config.decode.num_return > config.decode.num_beams:
         problems.append(
-            f"decode.num_return: {config.decode.num_return} is above decode.num_beams ({config.decode.num_beams})"
+            f"decode.num_return: {config.decode.num_return} is above decode.num_beams ({config.decode.num_beams}); "
+            f"lower it:  --set decode.num_return={config.decode.num_beams}"
         )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import ConfigError
-from pipeline.overrides import nearest
+from pipeline.overrides import DRAWN, nearest
 from stages.config import (
     AlignConfig,
     ClipConfig,
@@ -30,9 +30,10 @@ from stages.config import (
     TrainConfig,
 )
 from stages.miniature import configs
+from stages.urls import without_credentials
 
 LVU_TASKS = ("relationship", "way_speaking", "scene", "director", "genre", "writer", "year")  # Table 1, left to right
-WORLD = "cache/miniature/world"  # where `pipeline synth` draws the miniature's videos
+WORLD = DRAWN.rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ def _paper_decode(*, max_new_tokens: int, length_penalty: float, max_prompt_toke
         max_new_tokens=max_new_tokens,
         repetition_penalty=1.5,
         length_penalty=length_penalty,
+        end_cut_answers=True,
         max_prompt_tokens=max_prompt_tokens,
     )
 
@@ -263,7 +265,7 @@ def get(name: str) -> PipelineConfig:
     """The configuration of a preset. Raises ConfigError, naming the nearest ones."""
     if name not in PRESETS:
         known = nearest(name.replace("_", "-"), PRESETS) or list(PRESETS)
-        raise ConfigError(f"no preset is called {name!r}; known: {', '.join(known)}")
+        raise ConfigError(f"no preset is called {name!r}; known: {', '.join(known)}\nTake it:  --preset {known[0]}")
     return PRESETS[name].build()
 
 
@@ -278,7 +280,8 @@ def default_cache(config: PipelineConfig) -> Path:
     preset = PRESETS[config.preset]
     if config.data.videos == preset.build().data.videos:
         return Path("cache") / preset.cache / "features"
-    place = config.data.videos if "://" in config.data.videos else os.path.abspath(config.data.videos)
+    videos = without_credentials(config.data.videos)  # a signature lasts for hours, the folder for years
+    place = videos if "://" in videos else os.path.abspath(videos)
     digest = hashlib.sha256(place.encode()).hexdigest()[:6]
     return Path("cache") / f"{_slug(Path(place).name)}-{digest}" / "features"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
 from pipeline.progress import printable
+from stages.urls import without_credentials
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,7 +76,8 @@ def show_table(title: str, table: Table) -> None:
 
 def in_one_line(error: BaseException, limit: int = 200) -> str:
     """What an error says, its first line alone where that is a whole sentence, for a cell or a sentence of ours."""
-    first, *rest = str(error).splitlines() or [type(error).__name__]
+    text = re.sub(r"[^.;:\n]*:  (--|pipeline ).*", "", str(error)).strip()  # a cell is no place to type from
+    first, *rest = text.splitlines() or [type(error).__name__]
     line = " ".join([first, *map(str.strip, rest)]) if first.endswith(":") else first
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -128,4 +130,4 @@ def _strict(value: object) -> object:
         return {str(key): _strict(part) for key, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_strict(part) for part in value]
-    return value
+    return without_credentials(value) if isinstance(value, str) else value

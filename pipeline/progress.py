@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from stages.urls import without_credentials
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -23,8 +25,11 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]
 
 
 def printable(text: str) -> str:
-    """``text`` without terminal escapes, control and direction characters: names come from files of strangers."""
-    return _CONTROLS.sub("", _ESCAPES.sub("", text))
+    """``text`` without terminal escapes, control and direction characters, and without the credentials of URLs.
+
+    Names come from files of strangers.
+    """
+    return without_credentials(_CONTROLS.sub("", _ESCAPES.sub("", text)))
 
 
 def clock(seconds: float) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.overrides import PLACES, deciding, flatten
+from pipeline.overrides import PLACES, deciding, effective, flatten
 from pipeline.runs import RunFolder, step_of
 from stages.config import PipelineConfig
 from stages.types import Sample
@@ -107,7 +107,8 @@ def sample_digest(sample: Sample) -> str:
 
 def features(store: FeatureStore, samples: Iterable[Sample]) -> dict[str, Any]:
     """Which features these samples read: of which spec, and ``files``, a digest of the video files behind them."""
-    files = {video: str(store.facts(video).get("sha256", "")) for video in {s.video_id for s in samples}}
+    videos = dict.fromkeys(sample.video_id for sample in samples)  # in order: neighbours are of one shard
+    files = {video: str(store.facts(video).get("sha256", "")) for video in videos}
     return spec_facts(store.spec) | {"files": digest_of(sorted(files.items()))}
 
 
@@ -197,16 +198,13 @@ class RunProvenance:
 
     def differences(self, before: RunProvenance) -> list[str]:
         """One line per link that is another now: settings, questions, features, frozen models."""
-        lines = [
-            f"{key}: {before.settings.get(key)!r} then, {self.settings.get(key)!r} now"
-            for key in sorted(self.settings.keys() | before.settings.keys())
-            if self.settings.get(key) != before.settings.get(key)
-        ]
+        lines = different(self.settings, before.settings)
         for split in sorted(self.questions.keys() | before.questions.keys()):
             now, then = (part.questions.get(split, Questions(split, 0, {})) for part in (self, before))
             if told := now.differences(then):
                 lines.append(f"{split} questions: {told}")
-        return lines + feature_differences(self.features, before.features) + frozen_differences(self, before)
+        lines += feature_differences(self.features, before.features)
+        return lines + frozen_differences(self.frozen, before.frozen)
 
 
 def of_run(
@@ -246,6 +244,21 @@ def settings_of(config: PipelineConfig) -> dict[str, Any]:
     return {key: value for key, value in deciding(config).items() if key not in PLACES}
 
 
+def variant_settings(run: RunFolder) -> dict[str, Any]:
+    """What runs that differ in their seed only have in common, flattened: settings, and what was learned from."""
+    settings = effective(run.config)
+    del settings["train.seed"]
+    known = run.provenance
+    if known is None:
+        return settings
+    return (
+        {key: value for key, value in settings.items() if key not in PLACES}
+        | dict(known.frozen)
+        | {f"features.{name}": digest_of(facts) for name, facts in known.features.items()}
+        | {f"questions.{split}": questions.digest for split, questions in known.questions.items()}
+    )
+
+
 def feature_differences(now: Mapping[str, Mapping[str, Any]], then: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line per modality whose spec or video files are others."""
     lines = []
@@ -260,10 +273,17 @@ def feature_differences(now: Mapping[str, Mapping[str, Any]], then: Mapping[str,
     return lines
 
 
-def frozen_differences(now: RunProvenance, then: RunProvenance) -> list[str]:
+def frozen_differences(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
     """One line per frozen model whose files are others."""
-    keys = sorted(now.frozen.keys() | then.frozen.keys())
-    return [f"{key}: other files than then" for key in keys if now.frozen.get(key) != then.frozen.get(key)]
+    return [
+        f"{key}: other files than then" for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)
+    ]
+
+
+def different(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """One line per key whose value is another."""
+    keys = (key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key))
+    return [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys]
 
 
 # ---------------------------------------------------------------- answers
@@ -284,6 +304,7 @@ class AnswersProvenance:
         labels: digest of the label sets; None without ``decode.closed_set``.
         packages: versions.
         own: whether these are the run's own answers: its settings, and the checkpoint that it stands for.
+        held_out: what the split shares with train and val; changes no answer, and says what a score means.
     """
 
     split: str
@@ -296,6 +317,7 @@ class AnswersProvenance:
     labels: str | None
     packages: Mapping[str, str]
     own: bool
+    held_out: Mapping[str, Any] = field(repr=False)
 
     @property
     def tokens(self) -> Mapping[str, Any]:
@@ -321,6 +343,7 @@ class AnswersProvenance:
             "features": {name: dict(facts) for name, facts in self.features.items()},
             "labels": self.labels,
             "packages": dict(self.packages),
+            "held_out": dict(self.held_out),
             "questions": self.questions.to_json(),
         }
 
@@ -340,6 +363,7 @@ class AnswersProvenance:
                 document["labels"],
                 dict(document["packages"]),
                 bool(document["own"]),
+                dict(document["held_out"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"it is not the provenance of answers: {error!r}") from error
@@ -352,12 +376,8 @@ class AnswersProvenance:
         if told := self.questions.differences(before.questions):
             lines.append(f"{self.split} questions: {told}")
         lines += feature_differences(self.features, before.features)
-        for name in ("settings", "frozen", "packages"):
-            now, then = getattr(self, name), getattr(before, name)
-            for key in sorted(now.keys() | then.keys()):
-                if now.get(key) != then.get(key):
-                    shown = "other files" if name == "frozen" else f"{then.get(key)!r} then, {now.get(key)!r} now"
-                    lines.append(f"{key}: {shown}")
+        lines += different(self.settings, before.settings) + different(self.packages, before.packages)
+        lines += frozen_differences(self.frozen, before.frozen)
         return lines + (["label sets: others"] if self.labels != before.labels else [])
 
 
@@ -372,6 +392,7 @@ def of_answers(
     labels: Mapping[str, Sequence[str]] | None,
     checkpoint: str,
     changed: Mapping[str, Any],
+    held_out: Mapping[str, Any],
 ) -> AnswersProvenance:
     """The provenance of answers that are given now.
 
@@ -385,6 +406,7 @@ def of_answers(
         labels: label sets, where they are asked about too.
         checkpoint: by name; "" is the one that the run stands for.
         changed: settings of the evaluation that are others than the run's.
+        held_out: what the split shares with train and val.
     """
     folder = run.checkpoint_folder(checkpoint)
     sha256 = run.tensors_sha256(checkpoint)
@@ -399,6 +421,7 @@ def of_answers(
         None if labels is None else digest_of({group: list(names) for group, names in labels.items()}),
         packages(),
         own=not changed and sha256 == run.tensors_sha256(),
+        held_out=dict(held_out),
     )
 
 

@@ -24,6 +24,7 @@ from pipeline.progress import clock, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
+FREQUENT = "most frequent"  # column: always giving the answer that is most frequent among the very questions
 MATRIX = 8  # classes up to which the confusion matrix is printed
 
 
@@ -54,8 +55,32 @@ def show_extraction(result: Result) -> None:
     say_all([f"failed: {failure['video']}: {failure['reason']}" for failure in failures])
     if failures:
         say("Once they are mended, the same command with --retry-failed tries these videos again.")
-    if result["skipped"] == result["videos"]:
+    say_all([f"left out: {entry['video']}: {entry['reason']}" for entry in result["left_out"]])
+    say_all([f"length: {entry['video']}: {entry['reason']}" for entry in result["length_differs"]])
+    if hdr := result["hdr"]:
+        video, kind = next(iter(hdr.items()))
+        say(f"HDR: {len(hdr)} videos, such as {video} ({kind}), are read as if their colours were ordinary ones (D82).")
+    say_all([f"replaced: {entry['video']}: {entry['reason']}" for entry in result["changed"]])
+    if result["changed"]:
+        say(f"The cache holds features of the old files. Make them anew:  {result['repair']}")
+    if result["touched"]:
+        say(
+            f"{result['touched']} videos were modified after extraction, too many to compare at every start. "
+            "pipeline cache verify --sources compares them."
+        )
+    number, parts = result.get("part", (1, 1))
+    if parts > 1:
+        say(_other_parts(number, parts, result["other_parts_lack"], complete=not failures))
+    elif result["skipped"] == result["videos"]:
         say(f"{result['skipped']} of {result['videos'] + result['failed']} videos cached; nothing to do")
+
+
+def _other_parts(number: int, parts: int, lacking: int, *, complete: bool) -> str:
+    other = "1 other part" if parts == 2 else f"{parts - 1} other parts"
+    videos = "1 video" if lacking == 1 else f"{lacking} videos"
+    are, lack = ("is", "lacks") if parts == 2 else ("are", "lack")
+    what = f"{other} still {lack} {videos}" if lacking else f"so {are} {other}"
+    return f"part {number} of {parts} is {'complete' if complete else 'finished, with failures'}; {what}"
 
 
 def show_training(result: Result) -> None:
@@ -76,7 +101,8 @@ def show_evaluation(result: Result) -> None:
 
     Below the line of the paper's exact match stand its other readings: closed label sets, one answer per video.
     """
-    table = new_table("", "n", "correct", "top-1", "95 % interval", "top-5", "majority")
+    _held_out(result)
+    table = new_table("", "n", "correct", "top-1", "95 % interval", "top-5", FREQUENT)
     _tally(table, "all", result)
     readings = {"ranked": "best of the label set", "constrained": "label set only"}
     for name, part in result.get("closed", {}).items():
@@ -95,6 +121,10 @@ def show_evaluation(result: Result) -> None:
     show_table("Accuracy in %:", table)
     if confusion := result.get("confusion"):
         _confusion(confusion)
+    if (normalised := result.get("normalised")) and normalised["more"]:
+        say(f"{normalised['more']} more would be right after normalisation (case, punctuation, articles, two = 2).")
+    if answers := result.get("answers"):
+        say(f"Given most often: {_counts(answers)}.")
     if result.get("macro") is not None:
         say(f"Mean recall over the classes {percent(result['macro'])}, macro-F1 {percent(result.get('macro_f1'))}.")
     if "seed" in result:
@@ -106,10 +136,23 @@ def show_evaluation(result: Result) -> None:
 
 def show_baselines(result: Result) -> None:
     """One row per baseline, in the order of fitting."""
-    table = new_table("", "n", "correct", "top-1", "95 % interval", "top-5", "majority")
+    _held_out(result)
+    if result["baselines"]:
+        table = new_table("", "n", "correct", "top-1", "95 % interval", "top-5", FREQUENT)
+        for name, part in result["baselines"].items():
+            _tally(table, name, part)
+        show_table(f"Accuracy in % on {printable(result['split'])}:", table)
+        say(
+            f"Column {FREQUENT!r}: always the most frequent answer of the {printable(result['split'])} questions. "
+            "Row 'majority': that of the training questions, per kind of question."
+        )
     for name, part in result["baselines"].items():
-        _tally(table, name, part)
-    show_table(f"Accuracy in % on {printable(result['split'])}:", table)
+        if unfit := part["not_fitted"]:
+            count = sum(task["samples"] for task in unfit.values())
+            say(
+                f"{name} could not be fitted to {count} of {part['n']} questions and gives the most frequent training "
+                f"answer there: {'; '.join(dict.fromkeys(task['reason'] for task in unfit.values()))}"
+            )
     for name, reason in result["refused"].items():
         say(f"{name} was left out: {reason}")
     for part in list(result["baselines"].values())[:1]:
@@ -130,6 +173,7 @@ def show_ablation_plan(result: Result) -> None:
 
 def show_ablation(result: Result) -> None:
     """One line an arm over its seeds, then what is not done, and why."""
+    _held_out(result)
     table = new_table("arm", "seeds", "correct", "n", "top-1", "95 % interval", "sd")
     for arm, part in result["arms"].items():
         low, high = part["interval"] or (None, None)
@@ -186,8 +230,10 @@ def show_diagnosis(result: Result) -> None:
 
 def show_report(result: Result) -> None:
     """The answer of every study, what is missing, and where the page is."""
-    for answer in result["answers"]:
+    for answer, held in zip(result["answers"], result["held_out"], strict=True):
         say(answer)
+        if held["message"]:
+            say(held["message"])
     for lack in result["missing"]:
         say(f"missing: {lack['what']} of {len(lack['runs'])} runs")
         if lack["command"]:
@@ -197,7 +243,12 @@ def show_report(result: Result) -> None:
 
 
 def show_comparison(result: Result) -> None:
-    """Every variant, then every pair."""
+    """Every variant, then every pair, then what this many videos and seeds can show.
+
+    Where the questions are not held out, that comes first, and no test is printed: p speaks of new videos.
+    """
+    _held_out(result)
+    new = result["held_out"]["held_out"] is not False
     table = new_table("", "n", "correct", "top-1", "95 % interval", "seeds", "sd over seeds")
     for part in result["variants"]:
         row = [cell(result["n"]), f"{part['correct']:.6g}", percent(part["top1"]), _span(part["interval"])]
@@ -205,16 +256,16 @@ def show_comparison(result: Result) -> None:
     show_table("Accuracy in % on the samples that all have answered:", table)
     for key, values in result["differing"].items():
         say(f"{key}: {' | '.join('-' if value is None else str(value) for value in values)}")
-    pairs = new_table("b minus a", "difference", "95 % interval", "p", "p (Holm)", "p over seeds")
+    pairs = new_table("b minus a", "difference", "95 % interval", *(("p", "p (Holm)", "p over seeds") if new else ()))
     for part in result["pairs"]:
         numbers = [f"{100 * part['difference']:+.1f}", _span(part["interval"], sign=True)]
-        tests = ["" if part[key] is None else f"{part[key]:.2g}" for key in ("p", "p_holm", "seed_p")]
+        tests = ["" if part[key] is None else f"{part[key]:.2g}" for key in ("p", "p_holm", "seed_p")] if new else []
         pairs.add_row(f"{printable(part['b'])} minus {printable(part['a'])}", *numbers, *tests)
-    show_table("Differences in points:", pairs)
-    say(
-        f"{result['n']} samples of {result['videos']} videos, paired. Intervals draw whole videos (BCa, 10,000 draws). "
-        "p: exact sign-flip test over videos, of the seeds' averages; p over seeds flips the seeds that both have."
-    )
+    show_table("Differences in points:" if new else "Differences on questions that are not held out, in points:", pairs)
+    say(f"{result['n']} samples of {result['videos']} videos, paired. Intervals draw whole videos (BCa, 10,000 draws).")
+    if new:
+        say("p: exact sign-flip test over videos, of the seeds' averages; p over seeds flips the seeds that both have.")
+        _power(result)
     if result["left_out"]:
         say(f"{result['left_out']} samples are left out: not every run has answered them.")
 
@@ -236,6 +287,46 @@ def show_doctor(result: Result) -> None:
 
 
 # ---------------------------------------------------------------- parts
+
+
+def _held_out(result: Result) -> None:
+    """First of all: whether the questions are new to the student."""
+    if message := (result.get("held_out") or {}).get("message"):
+        say(message)
+
+
+def _power(result: Result) -> None:
+    """What each pair can show, and what other differences would take."""
+    pairs = [part for part in result["pairs"] if part["power"]]
+    if not pairs:
+        return
+    first = pairs[0]["power"]
+    table = new_table("", "over videos", "over seeds", *(f"for {points} points" for points in first["wanted"]))
+    for part in pairs:
+        power = part["power"]
+        shown = [_points(power["detectable_over_videos"]), _points(power["detectable_over_seeds"])]
+        needs = [_needs(need) for need in power["wanted"].values()]
+        table.add_row(f"{printable(part['b'])} minus {printable(part['a'])}", *shown, *needs)
+    show_table(
+        f"The smallest difference that such a comparison finds in {100 * first['power']:.0f} % of repetitions "
+        f"(p < {first['alpha']:g}, before Holm's correction), and the videos / seeds that other differences take:",
+        table,
+    )
+    floor = max((part["power"]["smallest_seed_p"] or 0 for part in pairs), default=0)
+    if floor >= first["alpha"]:
+        say(
+            f"p over seeds cannot fall below {floor:g} with so few seeds; "
+            f"it takes {first['fewest_seeds']} to fall below {first['alpha']:g}."
+        )
+
+
+def _points(value: float | None) -> str:
+    return "nothing" if value is None else f"{100 * value:.1f} points"
+
+
+def _needs(wanted: Result) -> str:
+    videos, seeds = wanted["videos"], wanted["seeds"]
+    return " / ".join("-" if number is None else f"{number:,}" for number in (videos, seeds))
 
 
 def _tally(table: Table, name: str, part: Result) -> None:
@@ -271,6 +362,12 @@ def _confusion(confusion: Result) -> None:
     for name, row in zip(labels, confusion["counts"], strict=False):
         table.add_row(printable(name), *map(cell, row))
     show_table("Answers:", table)
+    for name, said in confusion.get("other", {}).items():
+        say(f"{labels[-1]} for {name}: {_counts(said)}")
+
+
+def _counts(answers: Sequence[Sequence[object]]) -> str:
+    return ", ".join(f"{str(answer)!r} ({cell(count)})" for answer, count in answers)
 
 
 def _protocol(result: Result) -> None:

@@ -39,7 +39,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, naming
+from pipeline.locks import is_lock
 from pipeline.overrides import PLACES, deciding, validate
 from stages.config import PipelineConfig
 
@@ -56,7 +57,7 @@ MARKERS = ("latest", "best", "final")
 PACKAGES = (
     *("diff-lmm", "torch", "torchvision", "transformers", "diffusers", "open_clip_torch", "timm", "accelerate"),
     *("tokenizers", "safetensors", "zarr", "numcodecs", "numpy", "av", "dask", "distributed", "webdataset"),
-    *("pydantic", "tensorboard", "bitsandbytes"),
+    *("scipy", "pydantic", "tensorboard", "bitsandbytes"),
 )
 
 
@@ -101,7 +102,7 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """The run's own answers to test (answers.py)."""
+        """The run's own answers to test (predictions.py)."""
         return self.path / "predictions.jsonl"
 
     @property
@@ -211,9 +212,7 @@ class RunFolder:
     def keep_answers_provenance(self, facts: AnswersProvenance) -> None:
         """Write down what a predictions file is made from, before its first line."""
         self.provenance_folder.mkdir(exist_ok=True)
-        path = self.provenance_folder / f"answers-{facts.digest}.json"
-        if not path.exists():
-            write_json(path, facts.to_json())
+        write_json(self.provenance_folder / f"answers-{facts.digest}.json", facts.to_json())
 
     def answers_provenance(self, digest: str) -> AnswersProvenance | None:
         """What the predictions whose lines name this digest were made from; None where that is not recorded."""
@@ -382,7 +381,8 @@ class RunFolder:
 
         folder.mkdir(parents=True)
         file = folder / "tensors.safetensors"
-        save_file(_own_memory(tensors), file)
+        with naming(file):
+            save_file(_own_memory(tensors), file)
         facts = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         _flush(file)
         run = None if self.provenance is None else self.provenance.digest
@@ -436,7 +436,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if _sha256(file) != facts["sha256"]:
             raise ValueError("tensors.safetensors has another checksum than state.json says")
         return Checkpoint(step, load_file(file), state, folder, record.get("run"), str(facts["sha256"]))
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    # A file that cannot be read now, by a failing disk or for want of descriptors, is no damage: it may be whole.
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder.name} is damaged: {error}") from error
 
 
@@ -524,7 +525,8 @@ def _refuse_foreign_files(path: Path, out: Path) -> None:
         "provenance",
         ".config.json.tmp",
     }
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in allowed) if path.exists() else []
+    entries = [entry.name for entry in path.iterdir()] if path.exists() else []
+    foreign = sorted(name for name in entries if name not in allowed and not is_lock(name))
     if foreign:
         raise ConfigError(
             f"{path} holds other files ({', '.join(foreign[:3])}) and no run.\n"
@@ -552,7 +554,7 @@ def step_of(folder: Path) -> int:
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     _cut_half_line(path)
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
 
 
@@ -591,9 +593,10 @@ def write_json(path: Path, value: object) -> None:
 def _write_text(path: Path, text: str) -> None:
     """Replace a file as a whole: readers see the old text or the new."""
     temp = path.with_name(f".{path.name}.tmp")
-    temp.write_text(text)
-    _flush(temp)
-    os.replace(temp, path)
+    with naming(path):
+        temp.write_text(text)
+        _flush(temp)
+        os.replace(temp, path)
     _flush_folder(path.parent)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from cache_schema.objects import StorePath
 from pipeline import presets
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Interrupted, raising_on_signals
+from pipeline.locks import one_writer
 from pipeline.overrides import apply
 from pipeline.progress import OnProgress
 from stages.config import PipelineConfig
@@ -33,6 +34,7 @@ BASELINES = {
     "probe on pooled teacher": "teacher_mean",
 }
 LOOK_S = 1.0  # between two looks at the run folders
+_heard: list[str] = []  # the signal that ended this process of the pool
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Job:
     out: Path
 
 
+@one_writer("out")
 def tour(sets: Sequence[str], *, cache: StorePath, out: Path, processes: int, progress: OnProgress) -> dict[str, Any]:
     """Run every arm of every task and return the table: task -> row -> scores.
 
@@ -92,7 +95,7 @@ def _in_processes(jobs: Sequence[Job], processes: int, progress: OnProgress) -> 
         return found
     except BaseException:
         for child in set(active_children()) - before:
-            child.terminate()  # their checkpoints stay: the next start goes on from there
+            child.terminate()  # they finish their step and save
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -125,7 +128,18 @@ def _begin() -> None:
 
 
 def _run(job: Job) -> Found:
-    """One job, in a process of the pool."""
+    """One job, in a process of the pool, which hears signals as a command does, and takes no job after one."""
+    if _heard:
+        raise Interrupted(_heard[0])
+    try:
+        with raising_on_signals():
+            return _find(job)
+    except Interrupted as signal:
+        _heard.append(str(signal))
+        raise
+
+
+def _find(job: Job) -> Found:
     from pipeline import baselines, compose
 
     if job.row in BASELINES:

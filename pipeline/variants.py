@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pipeline import overrides
 from pipeline.errors import ConfigError
 from stages.config import PipelineConfig
+from stages.urls import without_credentials
 
 MATCHED = "matched"  # as a value of align.uniform_weight: the mean weight of the adaptive arm with the same seed
 
@@ -152,7 +153,9 @@ def _arms(config: PipelineConfig, vary: Sequence[str], zipped: bool, study: str 
     rows = zip(*values, strict=True) if zipped else itertools.product(*values)
     arms: dict[str, tuple[str, ...]] = {}
     for row in rows:
-        name = "_".join(f"{_short(key, keys)}={_slug(value)}" for key, value in zip(keys, row, strict=True))
+        name = "_".join(
+            f"{_short(key, keys)}={_slug(without_credentials(value))}" for key, value in zip(keys, row, strict=True)
+        )
         sets = tuple(f"{key}={value}" for key, value in zip(keys, row, strict=True))
         if name in arms and arms[name] != sets:  # two values whose letters are the same once slashes are gone
             name = f"{name}-{hashlib.sha256(repr(sets).encode()).hexdigest()[:6]}"
@@ -163,7 +166,7 @@ def _arms(config: PipelineConfig, vary: Sequence[str], zipped: bool, study: str 
 
 
 def _variant(config: PipelineConfig, arm: str, sets: Sequence[str], seed: int) -> Variant:
-    settings = dict(item.split("=", 1) for item in sets)
+    settings = dict(without_credentials(item).split("=", 1) for item in sets)
     matched = settings.get("align.uniform_weight") == MATCHED
     given = [item for item in sets if not (matched and item.startswith("align.uniform_weight="))]
     try:

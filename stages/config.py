@@ -7,17 +7,36 @@ The defaults of this file are the paper's; the presets in pipeline/presets.py ch
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+)
 
+from stages.urls import without_credentials
+
+SECRETS = "with the credentials of URLs"  # a dump that stays in this process
 NUM_HIDDEN_STATES = 13  # embedding output + 12 blocks: the only count that makes "the 13th layer" exist (D1)
 
 
 class Config(BaseModel):
-    """Base of every section: immutable, and an unknown key is an error."""
+    """Base of every section: immutable, and an unknown key is an error.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    What is dumped leaves the process sooner or later (config.json, pages, hints, digests), so a dump holds no URL's
+    credentials; only the attributes do, and ``model_dump(context=SECRETS)``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    @field_serializer("*", mode="wrap")
+    def _without_credentials(self, value: object, plain: Callable[[Any], Any], info: Any) -> Any:
+        dumped = plain(value)
+        return without_credentials(dumped) if isinstance(value, str) and info.context != SECRETS else dumped
 
 
 def parse_levels(value: object) -> object:
@@ -66,6 +85,8 @@ class DataConfig(Config):
     io: Literal["auto", "mmap", "pread", "direct"] = "auto"  # how the cache is read: auto measures the disk. Speed only
     reader_threads: int = Field(2, ge=1)  # threads that read the next batches ahead. Speed only
     follow_symlinks: bool = False  # a link that leaves the videos folder is refused unless set
+    allow_changed: bool = False  # D84: train on features of videos that were replaced since
+    around_damage: bool = False  # D81: use the frames before and after a damaged spot; off: the video is refused
     max_pixels: int = Field(50_000_000, ge=1)  # width × height of one frame; 8K is 33 M
     max_duration_s: float = Field(4 * 3600.0, gt=0)  # refused before decoding
     decode_timeout_s: float = Field(600.0, gt=0)  # wall clock for one video in the child process
@@ -125,6 +146,7 @@ class StudentConfig(Config):
     memory_len: int = Field(20, ge=1)  # K; §4.2 "memory bank length is set to 20"
     max_frames: int = Field(120, ge=1)  # rows of PE (MA-LMM max_num_frames)
     pe: Literal["learned", "frozen_zero"] = "learned"  # D11
+    per_frame_pe: bool = False  # D96: whether the student per_frame adds PE(t); MA-LMM without banks does not
     spatial_std: float = Field(0.0, ge=0)  # of a fixed code per token place, beside PE(t); 0 = the paper (D53)
     train_ln_vision: bool = True  # D11
     evaluation: Literal["parallel", "reference", "lean"] = "parallel"  # D38: speed only, the results are equal
@@ -190,6 +212,7 @@ class DecodeConfig(Config):
     max_new_tokens: int = Field(4, ge=1)  # MA-LMM max_length 5, of which 4 are new (LVU); 9 for QA
     repetition_penalty: float = Field(1.5, gt=0)  # MA-LMM default, never overridden there
     length_penalty: float = 1.0  # MA-LMM: 1 for LVU, 0 for QA
+    end_cut_answers: bool = True  # D95: an answer cut off after n tokens is divided by n + 1, as if it ended (MA-LMM)
     max_prompt_tokens: int = Field(128, ge=1)  # MA-LMM max_txt_len
     closed_set: ClosedSetWays = ()  # D51: also rank the label set by likelihood, or decode labels only; beside exact
     batch_size: int = Field(16, ge=1)  # samples per generate call; speed only

@@ -5,7 +5,7 @@ Letters in shapes are those of the notation table in ``stages/__init__.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -58,6 +58,9 @@ class Sample:
         return first
 
 
+Runs = tuple[tuple[int, int], ...]  # (first, last) of consecutive grid indices, both included
+
+
 @dataclass(frozen=True)
 class SourceFacts:
     """What a frame source knows of the file that it read: stored beside the features."""
@@ -65,9 +68,36 @@ class SourceFacts:
     size: int  # bytes
     sha256: str  # of the file (frame folder: of the names and sizes)
     pts: tuple[float, ...]  # presentation time in seconds of every returned frame, same order as the indices
-    clamped: int = (
-        0  # frames asked for just past the end and answered with the last one (MA-LMM's counts differ by 1–2)
-    )
+    clamped: int = 0  # frames just past the end, answered with the last one (MA-LMM's counts differ by 1–2)
+    count: int = 0  # grid frames of the whole video
+    damaged: Runs = ()  # grid frames up to the last wanted one that do not decode, where data.around_damage allows it
+    hdr: str = ""  # "PQ", "HLG" or "BT.2020": a picture that was read as if it were an ordinary one (D82)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Which grid frames of a video there are: ``count``, without those in ``damaged``."""
+
+    count: int
+    damaged: Runs = ()
+
+
+class VideoFrames:
+    """The frames of one reading in batches [b, h, w, 3], once; ``facts`` are those of this reading, after its end."""
+
+    def __init__(self, batches: Generator[UInt8[np.ndarray, "b h w 3"], None, SourceFacts]) -> None:
+        self._batches = batches
+        self._facts: SourceFacts | None = None
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+        self._facts = yield from self._batches
+
+    @property
+    def facts(self) -> SourceFacts:
+        """Raises ValueError before the last batch was taken."""
+        if self._facts is None:
+            raise ValueError("a video's facts are known once its frames were read to the end")
+        return self._facts
 
 
 @runtime_checkable
@@ -88,9 +118,13 @@ class FrameSource(Protocol):
     def count_frames(self, video_id: str) -> int:
         """Number of grid frames by the container's own account, without decoding. Raises VideoRejected."""
 
-    def frames(
-        self, video_id: str, frame_index: Int[np.ndarray, " n"], *, batch_size: int
-    ) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+    def extent(self, video_id: str) -> Extent:
+        """Which grid frames can be had. Decodes only where ``data.around_damage`` asks for it. Raises VideoRejected."""
+
+    def unasked(self, video_ids: Iterable[str]) -> list[str]:
+        """Ids of the videos of the source that none of these ids means."""
+
+    def frames(self, video_id: str, frame_index: Int[np.ndarray, " n"], *, batch_size: int) -> VideoFrames:
         """RGB frames in the order of ``frame_index`` (sorted, unique), up to ``batch_size`` at a time.
 
         One array holds frames of one size. Raises VideoRejected; the frames already given are then void.
@@ -98,9 +132,6 @@ class FrameSource(Protocol):
 
     def file(self, video_id: str) -> SourceFile:
         """The video's file as it is now, without decoding. Raises VideoRejected."""
-
-    def facts(self, video_id: str) -> SourceFacts:
-        """Facts of the video whose frames were read last to the end. Raises KeyError for any other."""
 
     def close(self) -> None:
         """End child processes and open files."""

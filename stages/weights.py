@@ -21,6 +21,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from stages.urls import without_credentials
+
 Module = TypeVar("Module", bound=nn.Module)
 
 # File names by library: transformers, diffusers. Safetensors of either before .bin of either.
@@ -405,7 +407,7 @@ def files_digest(name: str, revision: str = "") -> str:
     try:
         return f"{name}@{resolve(name, revision, patterns=[], local_only=True).name}"
     except WeightsMissing:
-        return f"{name}@{revision}" if revision else name
+        return without_credentials(f"{name}@{revision}" if revision else name)
 
 
 def _folder_digest(folder: Path) -> str:

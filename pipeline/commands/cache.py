@@ -14,7 +14,7 @@ import typer
 from pipeline import cache_results
 from pipeline.commands import options
 from pipeline.commands.options import config_of, device_of, load_compose, place_of
-from pipeline.errors import CACHE, FAILURES, guard
+from pipeline.errors import CACHE, FAILURES, guard, naming
 from pipeline.printing import tell
 from pipeline.progress import Progress
 
@@ -41,15 +41,21 @@ HashOption = Annotated[bool, typer.Option("--hash", help="With --sources: read e
 
 @app.command("ls", epilog="Example:  pipeline cache ls cache")
 def ls(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where stores are looked for.")] = Path("cache"),
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Where stores are looked for: a folder or s3://….")
+    ] = "cache",
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """List the stores below a folder: modalities, videos, frames, size, digest of the settings."""
     with guard(debug=debug, as_json=as_json):
+        from cache_schema.objects import locate
         from pipeline import cache_tools
 
-        tell(cache_tools.list_stores(folder), cache_results.show_ls, as_json=as_json)
+        result = cache_tools.list_stores(locate(folder))
+        tell(result, cache_results.show_ls, as_json=as_json)
+        if any(part.get("error") for store in result["stores"] for part in (store, *store["modalities"])):
+            raise typer.Exit(CACHE)
 
 
 @app.command("verify", epilog="Example:  pipeline cache verify --full --semantic 8 --sources")
@@ -115,7 +121,7 @@ def repair(
         from pipeline import cache_tools
 
         options = _options(preset, sets, cache)
-        with Progress() as progress:
+        with Progress() as progress, naming(options.cache):
             result = cache_tools.repair(
                 options,
                 quick=quick,
@@ -145,7 +151,7 @@ def gc(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Remove what dead processes left: partial files and claims."""
+    """Remove the partial files that dead processes left."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import cache_tools
 
@@ -171,6 +177,26 @@ def inspect(
         tell(cache_tools.inspect(_options(preset, sets, cache), video), cache_results.show_inspect, as_json=as_json)
 
 
+@app.command("copy", epilog="Example:  pipeline cache copy s3://bucket/lvu cache/lvu")
+def copy(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A feature store: a folder or s3://….")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="A new place, or a copy that is not complete.")],
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Copy a store between folders and object stores. Every shard is verified; the same command resumes."""
+    with guard(debug=debug, as_json=as_json):
+        from cache_schema.objects import locate
+        from pipeline import cache_tools
+
+        with Progress() as progress:
+            result = cache_tools.copy(locate(source), locate(target), dry_run=dry_run, progress=progress)
+        tell(result, cache_results.show_copy, as_json=as_json)
+        if result["damaged"]:
+            raise typer.Exit(CACHE)
+
+
 @app.command("export", epilog="Example:  pipeline cache export --out tars --modality pooled/layer8")
 def export(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
@@ -194,7 +220,8 @@ def export(
         from pipeline import cache_tools
 
         form = "plain" if plain else form
-        result = cache_tools.export(_options(preset, sets, cache), out, form=form, modalities=modality or [])
+        with naming(out):
+            result = cache_tools.export(_options(preset, sets, cache), out, form=form, modalities=modality or [])
         tell(result, cache_results.show_export, as_json=as_json)
         if result["skipped"]:
             raise typer.Exit(FAILURES)

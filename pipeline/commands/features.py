@@ -10,8 +10,9 @@ import typer
 
 from pipeline import results
 from pipeline.commands import options
-from pipeline.commands.options import config_of, device_of, load_compose, place_of
-from pipeline.errors import FAILURES, guard
+from pipeline.commands.options import config_of, device_of, load_compose, part_of, place_of
+from pipeline.errors import CACHE, FAILURES, guard, naming
+from pipeline.locks import replace_text
 from pipeline.printing import tell, to_json
 from pipeline.progress import Progress
 
@@ -30,8 +31,6 @@ def extract(
     preset: options.Preset = "miniature",
     sets: options.Set = None,
     cache: options.Cache = None,
-    cache_local: options.Local = None,
-    cache_local_budget: options.Budget = "50GB",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Also keep the result as DIR/COMMAND.json.")
     ] = None,
@@ -45,6 +44,9 @@ def extract(
     workers: Annotated[
         int, typer.Option("--workers", min=0, metavar="N", help="Dask worker processes; 0 works in this process.")
     ] = 0,
+    part: Annotated[
+        str, typer.Option("--part", metavar="I/N", help="Only the I-th of N equal parts, for the jobs of an array.")
+    ] = "1/1",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try videos again that failed before.")] = False,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -54,17 +56,19 @@ def extract(
     """All three commands; their names say which features."""
     with guard(debug=debug, as_json=as_json):
         command = context.info_name or ""
+        share = part_of(part)
         stored = [] if dtype is None else [f"{DTYPE[command]}={dtype}"]
         config = config_of(preset, [*(sets or []), *stored])
-        place = place_of(cache, config, cache_local, cache_local_budget)
+        place = place_of(cache, config)
         compose = load_compose(dry_run=dry_run)
-        with Progress() as progress:
+        with Progress() as progress, naming(place):
             result = compose.extract(
                 config,
                 which=WHICH[command],
                 cache=place,
                 workers=workers,
                 retry_failed=retry_failed,
+                part=share,
                 splits=split or [],
                 device=device_of(device, dry_run=dry_run),
                 dry_run=dry_run,
@@ -72,10 +76,12 @@ def extract(
             )
         if out is not None and not dry_run:
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{command}.json").write_text(to_json(result) + "\n")
+            replace_text(out / f"{command}.json", to_json(result) + "\n")
         show = partial(results.show_estimate, command) if dry_run else results.show_extraction
         tell(result, show, as_json=as_json)
-        if not dry_run and result["failed"]:
+        if not dry_run and result["changed"]:
+            raise typer.Exit(CACHE)
+        if not dry_run and (result["failed"] or result["left_out"]):
             raise typer.Exit(FAILURES)
 
 

@@ -13,7 +13,7 @@ import typer
 from pipeline import results
 from pipeline.commands import options
 from pipeline.commands.options import device_of, load_compose, store_at
-from pipeline.errors import guard
+from pipeline.errors import FAILURES, guard
 from pipeline.printing import tell
 from pipeline.progress import Progress
 
@@ -63,7 +63,10 @@ def report(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Put runs on one page: the answer, the paper's tables beside ours, the diagnostics, single questions, the cost."""
+    """Put runs on one page: the answer, published figures of the same kind, the diagnostics, questions, the cost.
+
+    What cannot be read is left out, named on the page and on stderr, and ends the command with exit code 3.
+    """
     with guard(debug=debug, as_json=as_json):
         load_compose()
         from pipeline.report.build import report as build
@@ -71,6 +74,8 @@ def report(
         with Progress() as progress:
             result = build(runs, out=out, shown=videos, progress=progress)
         tell(result, results.show_report, as_json=as_json)
+        if result["left_out"]:
+            raise typer.Exit(FAILURES)
 
 
 @app.command("compare", epilog="Example:  pipeline compare runs/lambda-0 runs/lambda-1")

@@ -10,7 +10,7 @@ import typer
 
 from pipeline import results
 from pipeline.commands import options
-from pipeline.errors import ENVIRONMENT, guard
+from pipeline.errors import ENVIRONMENT, guard, naming
 from pipeline.printing import tell
 from pipeline.progress import Progress
 
@@ -32,7 +32,7 @@ def synth(
     with guard(debug=debug, as_json=as_json):
         from stages.miniature.world import write_world
 
-        with Progress() as progress:
+        with Progress() as progress, naming(out):
             world = write_world(out, videos=videos, seed=seed, workers=workers, progress=progress)
         result = {"folder": str(world.root), "videos": world.videos, "frames": world.frames, "written": world.written}
         tell(result, results.show_synth, as_json=as_json)
@@ -41,12 +41,13 @@ def synth(
 @app.command("doctor", epilog="Example:  pipeline doctor --store s3://bucket/features")
 def doctor(
     store: Annotated[
-        str | None, typer.Option("--store", metavar="URL", help="Also try what a cache needs of this object store.")
+        str | None,
+        typer.Option("--store", metavar="PATH", help="Also try what a cache needs of this folder or object store."),
     ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Say what this machine, and an object store, have and lack."""
+    """Check this machine, and a folder or an object store that is to hold a cache."""
     with guard(debug=debug, as_json=as_json):
         from pipeline import doctor as room
 

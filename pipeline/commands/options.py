@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.errors import ConfigError, NotAvailable
-from pipeline.printing import parse_size
 
 if TYPE_CHECKING:
     from cache_schema.objects import StorePath
@@ -26,12 +26,6 @@ Set = Annotated[
 Cache = Annotated[
     str | None,
     typer.Option("--cache", metavar="PATH", help="The feature store: a folder or s3://… [default: cache/…, by preset]"),
-]
-Local = Annotated[
-    Path | None, typer.Option("--cache-local", metavar="DIR", help="Keep shards of an s3:// store here as well.")
-]
-Budget = Annotated[
-    str, typer.Option("--cache-local-budget", metavar="SIZE", help="At most so much of them, such as 800MB or 2TB.")
 ]
 RunCache = Annotated[
     str | None,
@@ -58,16 +52,21 @@ def config_of(preset: str, sets: Sequence[str] | None) -> PipelineConfig:
     return overrides.apply(presets.get(preset), sets or [])
 
 
-def place_of(cache: str | None, config: PipelineConfig, local: Path | None = None, budget: str = "50GB") -> StorePath:
-    """The store that ``--cache`` names, with its copies on a local disk."""
-    from cache_schema.objects import LocalCopies, ObjectPath, locate
+def place_of(cache: str | None, config: PipelineConfig) -> StorePath:
+    """The store that ``--cache`` names."""
+    from cache_schema.objects import locate
     from pipeline import presets
 
-    copies = LocalCopies(local, parse_size(budget)) if local is not None else None
-    store = presets.default_cache(config) if cache is None else locate(cache, copies)
-    if copies and not isinstance(store, ObjectPath):
-        raise ConfigError(f"--cache-local keeps copies of a store that is elsewhere, but {store} is a folder here")
-    return store
+    return presets.default_cache(config) if cache is None else locate(cache)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """``--part 3/8`` as (3, 8). Raises ConfigError."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    number, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= parts:
+        raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, such as 3/8 for the third of eight jobs")
+    return number, parts
 
 
 def store_at(cache: str | None) -> StorePath | None:

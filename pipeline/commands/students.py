@@ -11,7 +11,7 @@ import typer
 from pipeline import results
 from pipeline.commands import options
 from pipeline.commands.options import config_of, device_of, load_compose, place_of, store_at
-from pipeline.errors import guard
+from pipeline.errors import FAILURES, guard
 from pipeline.printing import tell
 from pipeline.progress import Progress
 
@@ -23,8 +23,6 @@ def train_student(
     preset: options.Preset = "miniature",
     sets: options.Set = None,
     cache: options.Cache = None,
-    cache_local: options.Local = None,
-    cache_local_budget: options.Budget = "50GB",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run folder. [default: runs/PRESET]")
     ] = None,
@@ -41,7 +39,7 @@ def train_student(
     with guard(debug=debug, as_json=as_json):
         room = [] if memory is None else [f"train.memory={memory}", "train.micro_batch=0"]
         config = config_of(preset, [*(sets or []), *room])
-        place = place_of(cache, config, cache_local, cache_local_budget)
+        place = place_of(cache, config)
         compose = load_compose(dry_run=dry_run)
         with Progress() as progress:
             result = compose.train(
@@ -97,8 +95,6 @@ def baselines(
     preset: options.Preset = "miniature",
     sets: options.Set = None,
     cache: options.Cache = None,
-    cache_local: options.Local = None,
-    cache_local_budget: options.Budget = "50GB",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where they are kept. [default: runs/PRESET-baselines]")
     ] = None,
@@ -113,7 +109,7 @@ def baselines(
     """Majority class and probes on the cached features: what a student has to beat. Runs on the CPU."""
     with guard(debug=debug, as_json=as_json):
         config = config_of(preset, sets)
-        place = place_of(cache, config, cache_local, cache_local_budget)
+        place = place_of(cache, config)
         load_compose(dry_run=dry_run)
         from pipeline.baselines import baselines as run_baselines
 
@@ -129,3 +125,5 @@ def baselines(
             )
         show = partial(results.show_estimate, "baselines") if dry_run else results.show_baselines
         tell(result, show, as_json=as_json)
+        if not result["baselines"]:
+            raise typer.Exit(FAILURES)

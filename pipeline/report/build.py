@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from pipeline import registry
 from pipeline.errors import ConfigError
+from pipeline.locks import replace_text
 from pipeline.overrides import flatten
 from pipeline.printing import size
 from pipeline.progress import OnProgress, clock, printable
@@ -21,10 +22,12 @@ from pipeline.report import answer, figures, paper, videos
 from pipeline.report.answer import Headline, Result
 from pipeline.report.cost import Cost, cost_of
 from pipeline.report.figures import Picture
+from pipeline.report.files import DAMAGED
 from pipeline.report.insight import Insight, insight_of
 from pipeline.report.paper import Table
 from pipeline.report.read import Missing, Study, Variant, read_studies
 from pipeline.report.videos import VideoView
+from stages.decode.statistics import WANTED
 
 TEMPLATES = Path(__file__).parent / "templates"
 ROWS = 40  # true answers listed one by one at most
@@ -45,6 +48,11 @@ class Chapter:
     cost: Cost
     missing: list[tuple[Missing, list[str]]]  # what, and the runs that lack it
 
+    @property
+    def new(self) -> bool:
+        """Whether the questions are held out, as far as is known: only then is anything tested."""
+        return self.result.held_out.held_out is not False
+
 
 def report(paths: Sequence[Path], *, out: Path | None, shown: int, progress: OnProgress) -> dict[str, Any]:
     """Write the page of the runs at or below ``paths``.
@@ -56,28 +64,32 @@ def report(paths: Sequence[Path], *, out: Path | None, shown: int, progress: OnP
         progress: told about every study.
 
     Raises:
-        ConfigError: no run is there, or ``out`` is a folder.
+        ConfigError: no run can be read, or ``out`` is a folder.
     """
     target = out or paths[0] / "report.html"
     if target.is_dir():
         raise ConfigError(f"{target} is a folder; name the page itself:  --out {quote(str(target / 'report.html'))}")
-    studies = read_studies(paths)
+    left_out: dict[str, str] = {}
+    studies = read_studies(paths, lambda path, reason: left_out.update({str(path): reason}))
     results = [answer.result_of(study) for study in studies]
     chapters = []
     for number, result in enumerate(results):
         progress(number, len(results), result.study.title)
         chapters.append(_chapter(result, number, shown))
     progress(len(results), len(results), "page")
-    page = render(chapters, _paper_tables(studies, results))
+    page = render(chapters, _paper_tables(studies, results), left_out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(f".{target.name}.tmp")
-    half.write_text(page, encoding="utf-8")
-    half.replace(target)
+    replace_text(target, page)
     return {
         "page": str(target),
         "bytes": len(page.encode()),
         "studies": len(studies),
         "runs": sum(len(study.runs) for study in studies),
+        "held_out": [result.held_out.to_json() for result in results],
+        "power": [_power(result) for result in results],
+        "answers_used": {str(run.path): run.made_from for study in studies for run in study.runs if run.made_from},
+        "left_out": [{"path": path, "reason": reason} for path, reason in left_out.items()],
+        "warnings": [f"left out: {path}: {reason}" for path, reason in left_out.items()],
         "answers": [f"{chapter.study.title}: {chapter.headline.verdict}" for chapter in chapters],
         "missing": [
             {"what": lack.what, "runs": names, "command": lack.command}
@@ -87,7 +99,14 @@ def report(paths: Sequence[Path], *, out: Path | None, shown: int, progress: OnP
     }
 
 
-def render(chapters: Sequence[Chapter], tables: Sequence[Table]) -> str:
+def _power(result: Result) -> list[dict[str, Any]]:
+    return [
+        {"variant": c.variant.label, "reference": c.reference.label, **(c.test.power.to_json() if c.test.power else {})}
+        for c in result.contrasts
+    ]
+
+
+def render(chapters: Sequence[Chapter], tables: Sequence[Table], left_out: Mapping[str, str]) -> str:
     """The HTML text. Every text from a file is escaped, and loses its control characters first."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -105,15 +124,19 @@ def render(chapters: Sequence[Chapter], tables: Sequence[Table]) -> str:
         "size": size,
         "clock": clock,
         "operations": operations,
+        "points": lambda share: "none" if share is None else f"{100 * share:.1f}",
+        "count": lambda number: "–" if number is None else f"{number:,}",
         "setting": lambda value: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value),
     }
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     return environment.get_template("page.html").render(
         chapters=chapters,
         tables=tables,
+        left_out=left_out,
         style=Markup(style),
         version=importlib.metadata.version("diff-lmm"),
         rows=ROWS,
+        wanted=[f"{100 * value:g}" for value in WANTED],
         flatten=flatten,
     )
 
@@ -169,7 +192,8 @@ def _sweep(result: Result, name: str) -> Picture | None:
         if score is not None and variant.lambda_kd is not None:
             interval = None if score.interval is None else (score.interval.low, score.interval.high)
             points.append((variant.lambda_kd, score.top1, interval))
-    return figures.sweep(points, paper.FIGURE_3 | {0.0: 58.2}, name=name) if len(points) > 2 else None
+    published = paper.FIGURE_3 | {0.0: 58.2} if paper.tables([result.study], result.of) else {}
+    return figures.sweep(points, published, name=name) if len(points) > 2 else None
 
 
 def _paper_tables(studies: Sequence[Study], results: Sequence[Result]) -> list[Table]:
@@ -196,5 +220,5 @@ def _distinct_frames(study: Study) -> int | None:
     try:
         dataset = registry.load("dataset", study.config.data.name)(study.config.data)
         return sum(len(frames) for frames in dataset.wanted(["train"]).values())
-    except (ValueError, OSError):
+    except DAMAGED:
         return None

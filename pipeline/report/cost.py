@@ -37,10 +37,11 @@ def cost_of(study: Study, distinct_frames: int | None) -> Cost:
     sessions = [s for run in study.runs for s in run.sessions if s.get("command") in ("train-student", "ablate")]
     features: dict[str, Mapping[str, Any]] = {}
     mixed = False
-    for session in sessions:
-        for modality, facts in session.get("features", {}).items():
+    for run in study.runs:
+        for modality, facts in run.features.items():
             mixed |= features.setdefault(modality, facts) != facts
-    counted = [(run, run.diagnostics["operations"]) for run in study.runs if run.diagnostics is not None]
+    known = [(run, run.diagnostics["operations"]) for run in study.runs if run.diagnostics is not None]
+    counted = [(run, ops) for run, ops in known if ops.get("training_sample") is not None]
     training = once = each = None
     if counted and len(counted) == len(study.runs):
         training = sum(ops["training_sample"] * _samples(run) for run, ops in counted)

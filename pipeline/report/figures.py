@@ -144,24 +144,33 @@ def dots(rows: Sequence[Row], *, majority: float | None, name: str) -> Picture:
 def sweep(
     points: Sequence[tuple[float, float, tuple[float, float] | None]], paper: Mapping[float, float], *, name: str
 ) -> Picture:
-    """Figure 3: top-1 against λ, ours beside the points that the paper states."""
-    here, ax = canvas(NARROW, 2.6)
+    """Figure 3: top-1 against λ; beside it the points that the paper states, where they are of the same kind."""
+    measured, ax = canvas(NARROW if paper else WIDE, 2.6)
     ax.plot(range(len(points)), [100 * p[1] for p in points], color=TEAL, marker="o", markersize=5)
     for i, (_, _, interval) in enumerate(points):
         if interval is not None:
             ax.plot([i, i], [100 * end for end in interval], color=TEAL, linewidth=1.2, alpha=0.7)
-    ax.set_title("Here")
-    there, other = canvas(NARROW, 2.6)
-    told = sorted(paper)
-    other.plot(range(len(told)), [paper[v] for v in told], "D", color=ORANGE, markersize=5, markerfacecolor=PAPER)
-    other.set_xlim(-0.6, len(told) - 0.4)
-    other.set_title("Paper, LVU relationship (stated points)")
-    for axes, values in ((ax, [p[0] for p in points]), (other, told)):
-        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        axes.set_xlabel("λ, weight of the alignment")
-        axes.set_ylabel("top-1 (%)")
-        axes.grid(axis="y", color=FAINT, linewidth=0.7)
-    return Picture((svg(here, f"{name}-here", "Top-1 against λ here"), svg(there, f"{name}-there", "In the paper")))
+    _over_lambda(ax, [p[0] for p in points])
+    ax.set_title("Here" if paper else "")
+    panels = [svg(measured, f"{name}-here", "Top-1 against λ here")]
+    if paper:
+        published, other = canvas(NARROW, 2.6)
+        values = sorted(paper)
+        other.plot(
+            range(len(values)), [paper[v] for v in values], "D", color=ORANGE, markersize=5, markerfacecolor=PAPER
+        )
+        other.set_xlim(-0.6, len(values) - 0.4)
+        other.set_title("Paper, LVU relationship (stated points)")
+        _over_lambda(other, values)
+        panels.append(svg(published, f"{name}-paper", "In the paper"))
+    return Picture(tuple(panels))
+
+
+def _over_lambda(ax: Axes, values: Sequence[float]) -> None:
+    ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    ax.set_xlabel("λ, weight of the alignment")
+    ax.set_ylabel("top-1 (%)")
+    ax.grid(axis="y", color=FAINT, linewidth=0.7)
 
 
 Colors = Mapping[str, str]  # variant -> colour, the same all over a study

@@ -156,9 +156,9 @@ def _teacher_similarity(found: Mapping[str, Any]) -> float | None:
 def _per_frame(variant: Variant, prefix: str) -> Picture | None:
     if not variant.diagnosed or not variant.diagnosed[0]["per_frame"]:
         return None
-    tables = [found["per_frame"] for found in variant.diagnosed]
-    keys = sorted(tables[0], key=int)
-    rows = [[sum(values) / len(values) for values in zip(*(t[key] for t in tables), strict=True)] for key in keys]
+    keys = sorted(variant.diagnosed[0]["per_frame"], key=int)
+    tables = _like_the_first([[found["per_frame"].get(key, ()) for key in keys] for found in variant.diagnosed])
+    rows = _averaged(tables)
     return figures.heat(
         rows, keys, name=f"{prefix}-frames", xlabel="frame of the window", ylabel="level", unit="cosine"
     )
@@ -189,19 +189,24 @@ def _similarity(study: Study, prefix: str) -> Picture | None:
     matrices = []
     for variant in study.variants:
         tables = [found["levels"]["cka"] for found in variant.diagnosed]
-        if tables:
-            matrices.append((variant.label, _averaged(tables)))
+        if tables and tables[0]:
+            matrices.append((variant.label, _averaged(_like_the_first(tables))))
     return figures.similarity(matrices, name=f"{prefix}-cka") if matrices else None
 
 
 def _averaged(tables: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float | None]]:
     """Entry by entry; None where any is undefined."""
-    size = len(tables[0])
-    found: list[list[float | None]] = []
-    for i in range(size):
-        cells = [[table[i][j] for table in tables] for j in range(size)]
-        found.append([None if None in cell else sum(v for v in cell if v is not None) / len(cell) for cell in cells])
-    return found
+    return [[_mean(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _like_the_first(tables: Sequence[Any]) -> list[Any]:
+    """Those of the first one's shape: a seed that was looked at otherwise does not enter a mean."""
+    return [table for table in tables if list(map(len, table)) == list(map(len, tables[0]))]
 
 
 def _first_diagnosed(study: Study) -> Mapping[str, Any] | None:
@@ -211,7 +216,7 @@ def _first_diagnosed(study: Study) -> Mapping[str, Any] | None:
 
 def _timeline(study: Study, prefix: str) -> Picture | None:
     found = _first_diagnosed(study)
-    if found is None or not found["starts"]:
+    if found is None or len(found["starts"] or ()) < 2:
         return None
     rows = [[v if frame < step else None for frame, v in enumerate(row)] for step, row in enumerate(found["starts"])][
         1:
@@ -230,7 +235,7 @@ def _timeline(study: Study, prefix: str) -> Picture | None:
 
 def _slots(study: Study, prefix: str) -> Picture | None:
     found = _first_diagnosed(study)
-    tables = [] if found is None else [s["slots"] for s in found["per_sample"].values() if "slots" in s]
+    tables = [] if found is None else [s["slots"] for s in found["per_sample"].values() if s["slots"]]
     if not tables:
         return None
     rows = [[sum(cell) / len(tables) for cell in zip(*row, strict=True)] for row in zip(*tables, strict=True)]
@@ -249,7 +254,8 @@ def _slots(study: Study, prefix: str) -> Picture | None:
 def _attention(study: Study, prefix: str) -> Picture | None:
     lines = []
     for variant in study.variants:
-        tables = [s["attention"] for d in variant.diagnosed for s in d["per_sample"].values() if "attention" in s]
+        tables = [s["attention"] for d in variant.diagnosed for s in d["per_sample"].values() if s["attention"]]
+        tables = [table for table in tables if len(table) == len(tables[0])]
         if tables:
             lines.append((variant.label, [sum(frame) / len(tables) for frame in zip(*tables, strict=True)]))
     return figures.shares(lines, _colors(study), name=f"{prefix}-attention") if lines else None
@@ -259,7 +265,7 @@ def _attention(study: Study, prefix: str) -> Picture | None:
 
 
 def _findings(study: Study, aligned: Sequence[Variant]) -> list[str]:
-    told = []
+    sentences = []
     for variant in aligned[:SHOWN]:
         rows = _rows(variant)
         if not rows or rows[0].above_constant is None:
@@ -268,7 +274,7 @@ def _findings(study: Study, aligned: Sequence[Variant]) -> list[str]:
         above = best.above_constant or 0
         more = f"{above:.3f} more than" if above > 0 else f"{-above:.3f} less than"
         centred = [row.centred for row in rows if row.centred is not None]
-        told.append(
+        sentences.append(
             f"{variant.label}: the cosine with the teacher reaches {best.cosine:.3f} on test questions, at level "
             f"{best.level}. That is {more} one constant vector gets ({best.cosine - above:.3f}), which knows nothing "
             f"about any frame. Without the common part the best level has {max(centred, default=0):.3f}."
@@ -278,11 +284,11 @@ def _findings(study: Study, aligned: Sequence[Variant]) -> list[str]:
     ]
     if len(alike) > 1:
         most, least = max(alike, key=lambda pair: pair[1]), min(alike, key=lambda pair: pair[1])
-        told.append(
+        sentences.append(
             f"Levels are most alike in {most[0].label} (mean CKA {most[1]:.2f}) and least in {least[0].label} "
             f"({least[1]:.2f}). The paper says that aligning all levels makes them alike{_claim(alike)}."
         )
-    return told
+    return sentences
 
 
 def _claim(alike: Sequence[tuple[Variant, float]]) -> str:

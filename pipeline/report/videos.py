@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def _alignment(study: Study, key: str, name: str) -> Picture | None:
         if found is None:
             continue
         if levels := list(found.get("cosine", {}).values()):
-            cosine.append((variant.label, [sum(values) / len(values) for values in zip(*levels, strict=True)]))
+            means = [math.nan if None in values else sum(values) / len(values) for values in zip(*levels, strict=True)]
+            cosine.append((variant.label, means))
         if found.get("attention"):
             attention.append((variant.label, found["attention"]))
     return figures.under_strip(cosine[:4], attention[:4], colors, name=name) if cosine or attention else None

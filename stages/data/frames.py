@@ -3,8 +3,10 @@
 =================  =====================================  ==========================================
 source             an id is                               frames
 =================  =====================================  ==========================================
-``VideoFiles``     a file's name, with or without suffix  PyAV in a process of its own, by pts
-``FrameFolders``   a folder of ``frame%06d.jpg``          Pillow, 10 frames per second (MA-LMM)
+``VideoFiles``     a file's path below the root, with or  PyAV in a process of its own, by pts
+                   without its extension
+``FrameFolders``   the path of a folder of numbered       Pillow, 10 frames per second (MA-LMM)
+                   images, such as ``frame%06d.jpg``
 ``WebDatasetTars`` a key in tars, local or http(s)        either of the two, read in place
 =================  =====================================  ==========================================
 
@@ -20,6 +22,7 @@ from pathlib import Path
 from stages.config import DataConfig
 from stages.data.ids import safe_id
 from stages.data.sources.frame_folders import FrameFolders
+from stages.data.sources.picture_batches import limits_of
 from stages.data.sources.tars import WebDatasetTars
 from stages.data.sources.video_files import VideoFiles
 
@@ -46,6 +49,7 @@ REJECTION_KINDS = {
     "too_large": "more pixels than data.max_pixels",
     "too_long": "longer than data.max_duration_s",
     "truncated": "clearly shorter than its header says, or cut off",
+    "unclear_frames": "images of one folder that are numbered in two ways, or twice",
     "unreadable": "the system does not let it be read",
 }
 
@@ -54,28 +58,22 @@ def open_source(cfg: DataConfig) -> VideoFiles | FrameFolders | WebDatasetTars:
     """The frame source that ``data.source`` and ``data.videos`` name. Raises ValueError where there is none."""
     if not cfg.videos:
         raise ValueError("no videos are named.\nName a folder or a tar: --set data.videos=PATH")
+    limits = limits_of(cfg)
     if cfg.source == "frame_folders":
         return FrameFolders(
             cfg.videos,
             fps=cfg.fps,
-            max_pixels=cfg.max_pixels,
-            max_duration_s=cfg.max_duration_s,
+            limits=limits,
+            around_damage=cfg.around_damage,
             follow_symlinks=cfg.follow_symlinks,
         )
     if cfg.source == "webdataset":
-        return WebDatasetTars(
-            cfg.videos,
-            fps=cfg.fps,
-            max_pixels=cfg.max_pixels,
-            max_duration_s=cfg.max_duration_s,
-            timeout_s=cfg.decode_timeout_s,
-        )
+        return WebDatasetTars(cfg.videos, fps=cfg.fps, limits=limits, around_damage=cfg.around_damage)
     return VideoFiles(
         cfg.videos,
         fps=cfg.fps,
-        max_pixels=cfg.max_pixels,
-        max_duration_s=cfg.max_duration_s,
-        timeout_s=cfg.decode_timeout_s,
+        limits=limits,
+        around_damage=cfg.around_damage,
         follow_symlinks=cfg.follow_symlinks,
     )
 

@@ -1,4 +1,4 @@
-"""LVU: 100-second windows of film clips, one label per task (MA-LMM's annotation layout and protocol)."""
+"""LVU: 100-second windows of film clips, one label per task (MA-LMM's protocol)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import numpy as np
 from jaxtyping import Int
 
 from stages.config import DataConfig
+from stages.data.annotation_files import AnnotationError, Problems, shown_value
 from stages.data.annotations import (
-    SPLITS,
-    AnnotationError,
+    CORRECT,
     LvuEntry,
-    Problems,
+    Videos,
     check_split,
     distinct_answers,
     leak_warnings,
-    load_files,
-    require_path,
+    read_annotations,
+    spelling_warnings,
     union_frames,
-    validated,
 )
-from stages.data.sampling import grid_count, window_frames, window_starts
+from stages.data.sampling import window_frames, window_starts
 from stages.types import Sample
 
 # Test windows behind every LVU figure of MA-LMM and Diff-LMM (Table 1): all 14 are k / n at these n.
@@ -45,22 +44,28 @@ class LvuDataset:
     """One task of LVU, or several. ``data.annotations`` is a folder with train.json, val.json, test.json (any of them).
 
     A sample is one window of one video; every window of a video has the video's label. ``leaks`` names the videos that
-    train one of several tasks and test another.
+    train one of several tasks and test another. ``videos`` are asked what the annotations do not say.
     """
 
     answer_rule: ClassVar[Literal["exact"]] = "exact"
 
-    def __init__(self, cfg: DataConfig) -> None:
+    def __init__(self, cfg: DataConfig, videos: Videos | None = None) -> None:
         self.cfg = cfg
-        self._entries = read_lvu(cfg.annotations)
+        tasks = tasks_of(cfg)
+        read = read_annotations(cfg.annotations, fps=cfg.fps, layout="lvu", tasks=tasks, videos=videos)
+        self._entries, self._frames = read.labels, read.frames
         check_task(cfg, self._entries, cfg.annotations)
         self.splits = tuple(self._entries)
-        self.leaks = cross_task_videos(self._entries, tasks_of(cfg))
-        self.warnings = leak_warnings(with_task(self._entries, tasks_of(cfg)))
+        self.leaks = cross_task_videos(self._entries, tasks)
+        self.warnings = (
+            *read.warnings,
+            *leak_warnings(with_task(self._entries, tasks)),
+            *spelling_warnings(labels_of(self._entries, tasks)),
+        )
 
     def samples(self, split: str) -> list[Sample]:
         """Windows of the videos that have a label for the task, in annotation order."""
-        return lvu_samples(self._entries[check_split(split, self.splits)], self.cfg)
+        return lvu_samples(self._entries[check_split(split, self.splits)], self._frames, self.cfg)
 
     def wanted(self, splits: Sequence[str] | None = None) -> dict[str, Int[np.ndarray, " n"]]:
         """Sorted unique grid indices per video, over the windows of these splits (default: all)."""
@@ -83,21 +88,9 @@ def tasks_of(cfg: DataConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in cfg.task.split(",")))
 
 
-def read_lvu(annotations: str) -> dict[str, dict[str, LvuEntry]]:
-    """Entries of all tasks by split and video id. Raises AnnotationError with every problem found."""
-    folder = require_path(annotations)
-    paths = {split: folder / f"{split}.json" for split in SPLITS if (folder / f"{split}.json").exists()}
-    problems = Problems(str(folder))
-    if not paths:
-        raise AnnotationError(str(folder), ["has none of train.json, val.json, test.json"])
-    entries = validated(load_files({s: [p] for s, p in paths.items()}, problems), LvuEntry, problems)
-    problems.raise_any()
-    return entries
-
-
 def check_task(cfg: DataConfig, entries: LvuEntries, where: str) -> None:
     """Raise AnnotationError if no video has a label for one of the tasks, or if some label of it is not a text."""
-    problems = Problems(where)
+    problems = Problems(where, hint=CORRECT)
     tasks = tasks_of(cfg)
     for split, part in entries.items():
         for video, entry in part.items():
@@ -105,15 +98,21 @@ def check_task(cfg: DataConfig, entries: LvuEntries, where: str) -> None:
                 if task in (entry.model_extra or {}) and not entry.label(task):
                     got = (entry.model_extra or {})[task]
                     problems.found.append(
-                        f"{split}:{video}:{task} a label must be a text that is not empty; got {got!r:.60}"
+                        f"{split}:{video}:{task} a label must be a text that is not empty; got {shown_value(got)}"
                     )
     problems.raise_any()
     known = sorted({name for part in entries.values() for entry in part.values() for name in entry.tasks()})
     for task in tasks:
         if task not in known:
             near = get_close_matches(task, known, n=3) or known
-            message = f"no video has a label for task {task!r}. Give:  --set data.task={' | '.join(near) or 'NAME'}"
-            raise AnnotationError(where, [message])
+            message = f"no video has a label for task {task!r}; the tasks are {', '.join(known[:20]) or 'none'}"
+            raise AnnotationError(where, [message], f"Take the nearest:  --set data.task={near[0]}" if near else "")
+
+
+def labels_of(entries: LvuEntries, tasks: Sequence[str]) -> list[str]:
+    """Every label of the tasks, as often as it is given."""
+    given = (entry.label(task) for part in entries.values() for entry in part.values() for task in tasks)
+    return [label for label in given if label]
 
 
 def with_task(entries: LvuEntries, tasks: Sequence[str]) -> dict[str, dict[str, LvuEntry]]:
@@ -124,26 +123,32 @@ def with_task(entries: LvuEntries, tasks: Sequence[str]) -> dict[str, dict[str, 
     }
 
 
-def lvu_samples(entries: Mapping[str, LvuEntry], cfg: DataConfig) -> list[Sample]:
+def lvu_samples(entries: Mapping[str, LvuEntry], frames_of: Mapping[str, int], cfg: DataConfig) -> list[Sample]:
     """Every window of every video with a label for ``cfg.task``; of several tasks, one after another.
 
-    With several tasks an id ends in its task, since a window is then asked more than once.
+    ``frames_of`` is the number of grid frames of each video. With several tasks an id ends in its task, since a window
+    is then asked more than once.
     """
     tasks = tasks_of(cfg)
-    return [sample for task in tasks for sample in _windows(entries, cfg, task, f"#{task}" if len(tasks) > 1 else "")]
+    marks = {task: f"#{task}" if len(tasks) > 1 else "" for task in tasks}
+    return [sample for task in tasks for sample in _windows(entries, frames_of, cfg, task, marks[task])]
 
 
-def _windows(entries: Mapping[str, LvuEntry], cfg: DataConfig, task: str, mark: str) -> list[Sample]:
+def _windows(
+    entries: Mapping[str, LvuEntry], frames_of: Mapping[str, int], cfg: DataConfig, task: str, mark: str
+) -> list[Sample]:
     prompt = lvu_prompt(task, cfg.prompt_style)
     samples = []
-    for video, entry in entries.items():
+    for entry in entries.values():
         if (label := entry.label(task)) is None:
             continue
-        count = grid_count(entry.num_frames, cfg.fps)
-        for start in window_starts(entry.duration, history_s=cfg.history_s, stride_s=cfg.stride_s):
+        video = entry.video
+        count = frames_of[video]
+        duration = count / cfg.fps if entry.duration is None else entry.duration
+        for start in window_starts(duration, history_s=cfg.history_s, stride_s=cfg.stride_s):
             frames = window_frames(
                 start,
-                duration_s=entry.duration,
+                duration_s=duration,
                 num_frames=count,
                 fps=cfg.fps,
                 history_s=cfg.history_s,
@@ -168,4 +173,5 @@ def cross_task_videos(entries: LvuEntries, tasks: Sequence[str]) -> tuple[str, .
     if len(tasks) < 2:
         return ()
     chosen = with_task(entries, tasks)
-    return tuple(sorted(chosen.get("train", {}).keys() & chosen.get("test", {}).keys()))
+    train, test = ({entry.video for entry in chosen.get(split, {}).values()} for split in ("train", "test"))
+    return tuple(sorted(train & test))

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cache_schema.errors import CacheMissing
+from cache_schema.report import Missing
 from cache_schema.store import FeatureStore
 from stages.data.loader import Frames, NotForked, Ring, features
+from stages.data.manifest import THE_FILE, why_absent
 from stages.types import Sample
 
 
@@ -67,12 +69,21 @@ class Availability:
         if self.dropped:
             shown = "".join(f"\n  {video}: {reason}" for video, reason in list(self.missing.items())[:5])
             more = f"\n  … and {len(self.missing) - 5} more" if len(self.missing) > 5 else ""
+            can_be_made = any(THE_FILE not in reason for reason in self.missing.values())
+            extract = f"Extract them:           {help_command}\nOr go" if can_be_made else "Go"
             raise CacheMissing(
                 f"{self.dropped} of {self.dropped + len(self.samples)} samples need frames of {len(self.missing)} "
                 f"videos that the cache does not have:{shown}{more}\n"
-                f"Extract them:           {help_command}\n"
-                f"Or go on without them:  --set data.allow_missing=true"
+                f"{extract} on without them:  --set data.allow_missing=true"
             )
+
+    def summary(self) -> tuple[str, ...]:
+        """A sentence about the samples that are left out and why, where there are any."""
+        if not self.dropped:
+            return ()
+        shown = "; ".join(f"{video}: {reason}" for video, reason in list(self.missing.items())[:3])
+        more = f"; and {len(self.missing) - 3} more videos" if len(self.missing) > 3 else ""
+        return (f"{self.dropped} of {self.dropped + len(self.samples)} samples are left out: {shown}{more}",)
 
 
 def available(samples: Sequence[Sample], stores: Sequence[FeatureStore]) -> Availability:
@@ -85,7 +96,7 @@ def available(samples: Sequence[Sample], stores: Sequence[FeatureStore]) -> Avai
     gaps: dict[str, set[int]] = {}
     for store in stores:
         for video, gap in store.missing(frames).items():
-            reasons.setdefault(video, f"{store.modality}: {gap}")
+            reasons.setdefault(video, f"{store.modality}: {gap}{_why(store, video, gap)}")
             gaps.setdefault(video, set()).update(gap.frames)
     whole: list[Sample] = []
     broken_videos: set[str] = set()
@@ -97,6 +108,17 @@ def available(samples: Sequence[Sample], stores: Sequence[FeatureStore]) -> Avai
     return Availability(
         tuple(whole), {v: r for v, r in reasons.items() if v in broken_videos}, len(samples) - len(whole)
     )
+
+
+def _why(store: FeatureStore, video: str, gap: Missing) -> str:
+    """Why frames that nobody planned are not in the video's file, as far as its extraction knows."""
+    if not gap.not_planned:
+        return ""
+    try:
+        facts = store.facts(video)
+    except CacheMissing:
+        return ""
+    return f" ({reason})" if (reason := why_absent(gap.not_planned, facts)) else ""
 
 
 def few(samples: Sequence[Sample], count: int, seed: int) -> tuple[Sample, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stages.data.samples import Batch
 from stages.decode.metrics import Match, Prediction, Report, score
+from stages.stopping import STOP, whole_steps
 from stages.types import Decoder, Sample
 
 
@@ -45,7 +46,8 @@ def evaluate(
     """Answer every sample and append the answers to ``write``.
 
     Samples that ``write`` already answers for the same ``run`` are not answered again; predictions of another run are
-    moved aside to ``<write>.old``. Killing this at any moment loses at most the batch in work.
+    moved aside to ``<write>.old``. Killing this at any moment loses at most the batch in work; a stop signal waits
+    until that one is written.
 
     Args:
         student_fn: batch -> prefix. Called without gradients; putting the student into eval mode is the caller's part.
@@ -66,7 +68,7 @@ def evaluate(
     done = resume(write, run)
     seen: set[str] = set()
     result: list[Prediction] = []
-    with write.open("ab") as file:
+    with write.open("ab") as file, whole_steps(STOP) as stopping:
         for batch in batches:
             for sample in batch.samples:
                 if sample.sample_id in seen:
@@ -80,6 +82,8 @@ def evaluate(
                 file.flush()
             result += [_checked(done[sample.sample_id], sample, write) for sample in batch.samples]
             log(len(result))
+            if stopping():
+                break
         os.fsync(file.fileno())
     return result
 

@@ -231,7 +231,7 @@ class CausalLM:
         penalty, config = self.cfg.repetition_penalty, self._generation
         if closed is not None:
             config = copy.deepcopy(config)
-            config.max_new_tokens = closed.longest
+            config.max_new_tokens, config.forced_eos_token_id = closed.longest, None  # all of them end
         new_ids = self.model.generate(
             inputs_embeds=torch.stack(blocks),
             attention_mask=mask,
@@ -375,10 +375,18 @@ def _random(cfg: DecodeConfig, folder: Path, seed: int, device: str) -> Any:
 
 
 def _generation_config(cfg: DecodeConfig, text: TextCodec) -> GenerationConfig:
-    """MA-LMM's beam search. ``max_new_tokens`` replaces its ``max_length``, which counted one start token."""
+    """MA-LMM's beam search. ``max_new_tokens`` replaces its ``max_length``, which counted one start token.
+
+    A beam's score is its log-likelihood over length ** ``length_penalty``. transformers counts the new tokens; MA-LMM's
+    versions of it count the start token and the tokens of the answer. That is the same for an answer of n tokens that
+    ended, n + 1; one that was cut off after n has n here and n + 1 there. ``end_cut_answers`` (D95) lets every cut one
+    take one more step, on which the end of sequence is certain: it costs nothing and is counted.
+    """
     settings: dict[str, object] = {"length_penalty": cfg.length_penalty} if cfg.num_beams > 1 else {}
+    one_more = cfg.end_cut_answers and cfg.num_beams > 1
     return GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=cfg.max_new_tokens,
+        max_new_tokens=cfg.max_new_tokens + one_more,
+        forced_eos_token_id=text.eos_id if one_more else None,
         num_beams=cfg.num_beams,
         num_return_sequences=min(cfg.num_return, cfg.num_beams),
         do_sample=False,

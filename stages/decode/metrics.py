@@ -8,8 +8,10 @@ everything else (one answer per video, the label set ranked by likelihood, const
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,7 +20,13 @@ import numpy as np
 from stages.decode.statistics import Interval, share_interval, wilson
 
 MAX_CLASSES = 64  # up to here a confusion matrix is made, and every class has an interval over videos
-OTHER = "(other)"  # column of the confusion matrix for answers that are no label;
+OTHER = "(other)"  # column of the confusion matrix for answers that are no label
+TOP_ANSWERS = 5  # answers listed with their counts
+NOTABLE = 0.01  # share of answers that only their form makes wrong, above which it is a warning
+UNIFORM = 0.95  # share of samples that are given one answer, from which on it is a warning
+ARTICLES = frozenset(("a", "an", "the"))
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
 Match = Literal["exact", "first_word"]
 """``exact``: the whole string (LVU). ``first_word``: up to the first space (MSVD-QA, whose answers are one word)."""
@@ -111,6 +119,22 @@ class ClassScore:
 
 
 @dataclass(frozen=True)
+class Normalised:
+    """What exact match leaves out: answers that are right but for case, punctuation, articles or a number's spelling.
+
+    ``more`` is their number, ``correct`` that of all that are right then, ``example`` one of them: said, true.
+    """
+
+    correct: int
+    more: int
+    example: tuple[str, str] = ("", "")
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values; ``example`` is None where there is none."""
+        return {"correct": self.correct, "more": self.more, "example": list(self.example) if self.more else None}
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything said about one evaluation.
 
@@ -131,6 +155,24 @@ class Report:
     confusion: tuple[tuple[int, ...], ...] | None  # rows: true classes; columns: the same, then OTHER
     video_level: Mapping[str, Tally]
     closed: Mapping[str, Tally]
+    normalised: Normalised
+    answers: tuple[tuple[str, int], ...]  # what was said most often, with counts
+    other: Mapping[str, tuple[tuple[str, int], ...]]  # true class -> what was said most often that is no label
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of the accuracy must know, one sentence each."""
+        n, said = self.overall.n, []
+        if self.normalised.more > NOTABLE * n:
+            beam, answer = self.normalised.example
+            said.append(
+                f"{self.normalised.more} more of {n} would be right after normalisation (case, punctuation, articles, "
+                f"two = 2), such as {beam!r} for {answer!r}; the headline stays MA-LMM's exact match"
+            )
+        if n > 1 and self.answers and self.answers[0][1] >= UNIFORM * n > self.overall.majority_correct:
+            answer, count = self.answers[0]
+            said.append(f"{count} of {n} samples are given one answer, {answer!r}: it may not depend on the video")
+        return tuple(said)
 
     def to_json(self) -> dict[str, object]:
         """The overall numbers at the top level, the rest beside them."""
@@ -146,7 +188,13 @@ class Report:
             "per_group": {name: tally.to_json() for name, tally in self.per_group.items()},
             "confusion": None
             if self.confusion is None
-            else {"labels": [*self.per_class, OTHER], "counts": [list(row) for row in self.confusion]},
+            else {
+                "labels": [*self.per_class, OTHER],
+                "counts": [list(row) for row in self.confusion],
+                "other": {name: _pairs(said) for name, said in self.other.items()},
+            },
+            "normalised": self.normalised.to_json(),
+            "answers": _pairs(self.answers),
             "video_level": {name: tally.to_json() for name, tally in self.video_level.items()},
             "closed": {name: tally.to_json() for name, tally in self.closed.items()},
         }
@@ -179,6 +227,11 @@ def score(records: Sequence[Prediction], match: Match, *, train_majority: str | 
         confusion=_confusion(classes, match) if few else None,
         video_level=_video_level(records, match),
         closed=_closed(records, match),
+        normalised=_normalised(records, match),
+        answers=_most_said(records, match),
+        other={name: others for name, part in classes.items() if (others := _most_said(part, match, but=classes))}
+        if few
+        else {},
     )
 
 
@@ -269,6 +322,33 @@ def spoken(beam: str, match: Match) -> str:
     """The part of a beam that the rule compares: case-sensitive, no normalisation beyond stripping (MA-LMM)."""
     said = beam.strip()
     return said.split(" ")[0] if match == "first_word" else said
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation and articles, numbers up to twelve as digits; other words as they are."""
+    words = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).casefold()).replace("_", " ").split()
+    return " ".join(DIGITS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def _normalised(records: Sequence[Prediction], match: Match) -> Normalised:
+    """Best beams that are right by the rule, or after normalisation of the whole beam and the answer."""
+    right, missed = 0, []
+    for record, hit in zip(records, hits(records, match), strict=True):
+        right += hit
+        said, true = normalise(record.beams[0]) if record.beams else "", normalise(record.answer)
+        if not hit and true and spoken(said, match) == spoken(true, match):
+            missed.append((record.beams[0], record.answer))
+    return Normalised(right + len(missed), len(missed), missed[0] if missed else ("", ""))
+
+
+def _most_said(records: Sequence[Prediction], match: Match, *, but: Container[str] = ()) -> tuple[tuple[str, int], ...]:
+    """The answers given most often, with counts; of equals the first in sorting order."""
+    counts = Counter(said for record in records if (said := _said(record, match)) is not None and said not in but)
+    return tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:TOP_ANSWERS])
+
+
+def _pairs(counts: Sequence[tuple[str, int]]) -> list[list[object]]:
+    return [[answer, count] for answer, count in counts]
 
 
 def is_correct(beam: str, answer: str, match: Match) -> bool:

@@ -8,19 +8,25 @@ bootstrap's generator is seeded, and the test is exact, without any draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import stats
 
 DRAWS = 10_000
 SEED = 0
 LEVEL = 0.95
 FEW = 20  # videos; below this a bootstrap interval is too short more often than it says
 AT_ONCE = 1 << 22  # drawn indices in memory
-NORMAL = NormalDist()
+ALPHA = 0.05  # of every test
+POWER = 0.8  # how often a difference that counts as detectable is found
+WANTED = (0.01, 0.02, 0.05)  # differences for which the number of videos and seeds is worked out
+MOST = 10_000_000  # videos or seeds; nobody plans for more
+Z_LEVEL, Z_POWER = float(stats.norm.ppf(1 - ALPHA / 2)), float(stats.norm.ppf(POWER))
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,14 @@ class Interval:
 
 
 def wilson(correct: float | int, n: int) -> tuple[float, float] | None:
-    """Wilson's score interval of a share (1927): good for small n and for shares near 0 and 1. None where n is 0."""
+    """Wilson's score interval of a share (1927): good for small n and for shares near 0 and 1. None where n is 0.
+
+    Equal to ``scipy.stats.binomtest(…).proportion_ci("wilson")``, which takes whole counts only: a mean over seeds is
+    no whole number of videos.
+    """
     if n == 0:
         return None
-    z = NORMAL.inv_cdf((1 + LEVEL) / 2)
+    z = float(stats.norm.ppf((1 + LEVEL) / 2))
     share, z2 = correct / n, z * z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -90,43 +100,25 @@ def difference_interval(differences: Float[np.ndarray, " N"], videos: Sequence[s
 
 
 def _bootstrapped(sums: Float[np.ndarray, " V"], counts: Float[np.ndarray, " V"]) -> Interval:
-    distribution = bootstrap_shares(sums, counts, np.random.default_rng(SEED))
-    estimate = float(sums.sum() / counts.sum())
-    left_out = (sums.sum() - sums) / (counts.sum() - counts)
-    low, high = bca(distribution, estimate, left_out)
-    return Interval(low, high, len(sums), "bca")
-
-
-def bootstrap_shares(
-    sums: Float[np.ndarray, " V"], counts: Float[np.ndarray, " V"], rng: np.random.Generator, draws: int = DRAWS
-) -> Float[np.ndarray, " R"]:
-    """The ratio sum / count of ``draws`` resamples of videos."""
-    size = max(1, AT_ONCE // len(sums))
-    parts = []
-    for first in range(0, draws, size):
-        index = rng.integers(0, len(sums), (min(size, draws - first), len(sums)))
-        parts.append(sums[index].sum(axis=1) / counts[index].sum(axis=1))
-    return np.concatenate(parts)
-
-
-def bca(
-    distribution: Float[np.ndarray, " R"], estimate: float, left_out: Float[np.ndarray, " V"]
-) -> tuple[float, float]:
-    """Efron's bias-corrected and accelerated interval (1987) from a bootstrap distribution and a jackknife."""
-    below = ((distribution < estimate).mean() + (distribution <= estimate).mean()) / 2
-    if below in (0.0, 1.0):  # the estimate lies outside of all draws: no bias correction exists
-        low, high = np.quantile(distribution, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-        return low, high
-    bias = NORMAL.inv_cdf(float(below))
-    deviation = left_out.mean() - left_out
-    spread = (deviation**2).sum()
-    acceleration = float((deviation**3).sum() / (6 * spread**1.5)) if spread > 0 else 0.0
-    ends = []
-    for tail in ((1 - LEVEL) / 2, (1 + LEVEL) / 2):
-        z = bias + NORMAL.inv_cdf(tail)
-        ends.append(NORMAL.cdf(bias + z / (1 - acceleration * z)))
-    low, high = np.quantile(distribution, ends).tolist()
-    return low, high
+    """scipy's BCa over videos; its percentile interval where the estimate lies outside of all draws."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(
+            (sums, counts),
+            lambda k, n, axis: k.sum(axis=axis) / n.sum(axis=axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=DRAWS,
+            batch=max(1, AT_ONCE // len(sums)),
+            confidence_level=LEVEL,
+            method="BCa",
+            rng=np.random.default_rng(SEED),
+        )
+    low, high = map(float, result.confidence_interval)
+    if math.isfinite(low) and math.isfinite(high):
+        return Interval(low, high, len(sums), "bca")
+    low, high = np.quantile(result.bootstrap_distribution, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return Interval(low, high, len(sums), "percentile")
 
 
 # ---------------------------------------------------------------- two variants
@@ -149,6 +141,7 @@ class Paired:
     seed_differences: tuple[float, ...] = ()
     seed_p: float | None = None
     both: tuple[float, float] | None = None
+    power: Power | None = None  # None where there is no sample
 
     @property
     def seed_sd(self) -> float | None:
@@ -167,6 +160,7 @@ class Paired:
             "seed_sd": self.seed_sd,
             "seed_p": self.seed_p,
             "interval_videos_and_seeds": None if self.both is None else list(self.both),
+            "power": None if self.power is None else self.power.to_json(),
         }
 
 
@@ -180,6 +174,8 @@ def paired(
         videos: the video of each sample.
         same_seeds: row s of both was trained with the same seed.
     """
+    if not a.shape[1]:
+        return Paired(n=0, videos=0, difference=0.0, interval=None, p=1.0)
     scale = math.lcm(len(a), len(b))
     scaled = b.sum(axis=0) * (scale // len(b)) - a.sum(axis=0) * (scale // len(a))  # integers: the test stays exact
     mean = scaled / scale
@@ -187,18 +183,21 @@ def paired(
     result = Paired(
         n=a.shape[1],
         videos=len(sums),
-        difference=float(mean.mean()) if mean.size else 0.0,
+        difference=float(mean.mean()),
         interval=difference_interval(mean, videos),
         p=sign_flip(np.rint(sums).astype(np.int64)),
+        power=Power(sums / scale, counts),
     )
-    if not same_seeds or len(a) < 2 or not mean.size:
+    if not same_seeds or len(a) < 2:
         return result
     per_seed = b.astype(np.int64) - a
-    return Paired(
-        **{name: getattr(result, name) for name in ("n", "videos", "difference", "interval", "p")},
-        seed_differences=tuple(per_seed.mean(axis=1).tolist()),
+    differences = per_seed.mean(axis=1)
+    return replace(
+        result,
+        seed_differences=tuple(differences.tolist()),
         seed_p=sign_flip(per_seed.sum(axis=1)),
         both=_over_videos_and_seeds(per_seed, videos, counts),
+        power=Power(sums / scale, counts, seeds=len(a), seed_sd=float(differences.std(ddof=1))),
     )
 
 
@@ -251,3 +250,97 @@ def holm(p: Sequence[float]) -> list[float]:
         floor = max(floor, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = floor
     return adjusted
+
+
+# ---------------------------------------------------------------- what a test can show
+
+
+@dataclass(frozen=True)
+class Power:
+    """How large a difference the two sign-flip tests of a pair can show, clustered as they are (D90).
+
+    A difference is detectable where the test finds it (p < 0.05, two-sided, before Holm's correction) in 80 % of
+    repetitions. Over videos: as many disagreements per video as in these answers, more of them on one side. This is the
+    sample size of McNemar's test (Miettinen 1968, Connor 1987), with sums over a video in place of single answers. Over
+    seeds: the differences of new seeds are normal, with the standard deviation of these.
+
+    Args:
+        sums, counts: difference of the hits, and number of samples, per video.
+        seeds: pairs of runs with the same seed; 0 where there is no test over seeds.
+        seed_sd: standard deviation of the difference over them; 0 where none is known.
+    """
+
+    sums: Float[np.ndarray, " V"] = field(repr=False, compare=False)
+    counts: Float[np.ndarray, " V"] = field(repr=False, compare=False)
+    seeds: int = 0
+    seed_sd: float = 0.0
+
+    def over_videos(self, videos: int | None = None) -> float | None:
+        """The smallest detectable difference with so many videos (default: these); None where none can be."""
+        videos = videos or len(self.sums)
+        if videos < LEAST:
+            return None
+        size, square, mean = np.abs(self.sums), float((self.sums**2).mean()), float(self.counts.mean())
+        # Solves sqrt(V) m = z_level sqrt(E x^2) + z_power sqrt(E x^2 - m^2) for m, the mean of x over videos.
+        reach, most = Z_LEVEL**2 * square, videos + Z_POWER**2
+        root = reach * videos - most * (reach - Z_POWER**2 * square)
+        per_video = (math.sqrt(reach * videos) + math.sqrt(max(0.0, root))) / most
+        if 0 < per_video <= size.mean():
+            return per_video / mean
+        # Not even with all disagreements on one side: there must be more of them. Of V videos at least LEAST must
+        # differ; their number is binomial, and the inverse of its distribution function a quantile of beta.
+        differing = float(stats.beta.ppf(POWER, LEAST, videos - LEAST + 1))
+        typical = float(size[size > 0].mean()) if size.any() else mean
+        return min(1.0, max(float(size.mean()), differing * typical) / mean)
+
+    def videos_for(self, difference: float) -> int | None:
+        """How many videos such as these it takes to detect a difference; None where more than MOST."""
+        return _fewest(self.over_videos, difference)
+
+    def over_seeds(self, seeds: int | None = None) -> float | None:
+        """The smallest detectable difference with so many seeds (default: these); None where none can be."""
+        seeds = seeds or self.seeds
+        return None if seeds < LEAST or not self.seed_sd else seed_effect(seeds) * self.seed_sd
+
+    def seeds_for(self, difference: float) -> int | None:
+        """How many seeds it takes to detect a difference; None where more than MOST, or where no spread is known."""
+        return _fewest(self.over_seeds, difference) if self.seed_sd else None
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values; ``wanted`` maps a difference in points to what it takes."""
+        wanted: Mapping[str, object] = {
+            f"{100 * value:g}": {"videos": self.videos_for(value), "seeds": self.seeds_for(value)} for value in WANTED
+        }
+        return {
+            "power": POWER,
+            "alpha": ALPHA,
+            "fewest_seeds": LEAST,
+            "detectable_over_videos": self.over_videos(),
+            "detectable_over_seeds": self.over_seeds(),
+            "smallest_seed_p": 2.0 ** (1 - self.seeds) if self.seeds else None,
+            "wanted": wanted,
+        }
+
+
+LEAST = next(n for n in range(1, 64) if 2.0 ** (1 - n) < ALPHA)  # signs that agree until p < ALPHA: 6
+SEED_EFFECTS = {6: 1.78, 7: 1.34, 8: 1.19}  # simulated: the exact test has few values of p
+
+
+def seed_effect(seeds: int) -> float:
+    """The mean, in standard deviations, that the sign-flip test over so many normal numbers detects.
+
+    From simulation (a test repeats it): the usual (z + z) / sqrt(n) is too small, by 36 % at six seeds, 12 % at ten.
+    """
+    return SEED_EFFECTS.get(seeds, (Z_LEVEL + Z_POWER) / math.sqrt(seeds - 2.3))
+
+
+def _fewest(detectable: Callable[[int], float | None], difference: float) -> int | None:
+    """The smallest number with ``detectable(number) <= difference``, by bisection."""
+
+    def enough(number: int) -> bool:
+        value = detectable(number)
+        return value is not None and value <= difference
+
+    if not enough(MOST):
+        return None
+    return bisect_left(range(MOST + 1), True, lo=LEAST, key=enough)

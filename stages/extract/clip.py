@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from stages.types import FrozenEncoder
 from stages.weights import (
     HUB_ID,
     WeightsMissing,
+    WeightsRefused,
     load_strict,
     local_path,
     parse_seed,
@@ -262,9 +265,11 @@ class _Architecture:
             raise ValueError(f"clip.model={clip.model} is not an open_clip model; nearest: {', '.join(near) or 'none'}")
         if named is not None and own is not None and _numerics(named) != _numerics(own):
             differ = sorted(key for key in _numerics(named) if _numerics(named)[key] != _numerics(own)[key])
+            alike = _models_like(_numerics(own), clip.model)
             raise ValueError(
                 f"clip.model={clip.model} and the {OPEN_CLIP_CONFIG} of clip.weights={clip.weights} differ in "
-                f"{', '.join(differ)}; name the model that the weights were made for"
+                f"{', '.join(differ)}.\nName the model that the weights were made for:  --set clip.model="
+                f"{alike[0] if alike else 'NAME'}"
             )
         return cls(clip.model, named if named is not None else cast("Mapping[str, Any]", own))
 
@@ -297,21 +302,73 @@ def _load_open_clip(clip: ClipConfig) -> tuple[str, Tower, Preprocess]:
     described = _described(clip)
     architecture = _Architecture.of(clip, described)
     tag = _tag(clip)
-    if tag and bool(tag.get("quick_gelu", False)) != architecture.quick_gelu:
-        other = clip.model.removesuffix("-quickgelu") if architecture.quick_gelu else f"{clip.model}-quickgelu"
-        raise ValueError(
-            f"clip.weights={clip.weights} was trained {'with' if tag.get('quick_gelu') else 'without'} QuickGELU and "
-            f"clip.model={clip.model} is not: the features would be off without an error. Use --set clip.model={other}"
-        )
+    if not described.get("model_cfg"):
+        _check_activation(clip, architecture, tag)
     seed, compute = parse_seed(clip.weights), getattr(torch, clip.compute_dtype)
     if seed is not None:
         tower = seeded_init(lambda: architecture.build(clip.layer), seed).to(compute)
     else:
         source = _open_clip_file(clip, tag)
         tower = without_weights(lambda: architecture.build(clip.layer))
-        _fill(tower, source, "visual.", compute)
+        try:
+            _fill(tower, source, "visual.", compute)
+        except WeightsRefused as error:
+            raise WeightsRefused(f"{error}\n{_other_model(source)}") from error
     preprocess = _open_clip_preprocess(clip, architecture, tag, described)
     return architecture.encoder, tower, preprocess
+
+
+def _models_like(numerics: Mapping[str, Any], model: str) -> list[str]:
+    """Names of open_clip's models whose image tower has these settings, those that begin like ``model`` first."""
+    names = sorted(BUILT_IN_MODELS, key=lambda name: (not name.startswith(model.removesuffix("-quickgelu")), name))
+    return [name for name in names if _numerics(open_clip.get_model_config(name)) == dict(numerics)]
+
+
+def _check_activation(clip: ClipConfig, architecture: _Architecture, tag: Mapping[str, Any]) -> None:
+    """QuickGELU or GELU leaves no trace in the weights, so that the wrong one makes wrong features without an error.
+
+    Raises ValueError where the tag, the hub repository or the name of the file tells that it is the other one; warns
+    where nothing tells.
+    """
+    quick = architecture.quick_gelu
+    other = clip.model.removesuffix("-quickgelu") if quick else f"{clip.model}-quickgelu"
+    if parse_seed(clip.weights) is not None or other not in open_clip.list_models():
+        return
+    plain = clip.model.removesuffix("-quickgelu")
+    published = {name: open_clip.get_pretrained_cfg(plain, name) for name in _tags_of(plain)}
+    names = [name for name, cfg in published.items() if _is_named(clip.weights, name, cfg)]
+    longest = max(names, key=len, default="")
+    trained = tag or published.get(longest, {})
+    if trained and bool(trained.get("quick_gelu", False)) != quick:
+        raise ValueError(
+            f"clip.weights={clip.weights} {'was' if tag else 'looks like open_clip tag ' + longest + ', which was'} "
+            f"trained {'without' if quick else 'with'} QuickGELU, and clip.model={clip.model} "
+            f"{'has' if quick else 'does not have'} it: the features would be off without an error.\n"
+            f"Name the model it was trained as:  --set clip.model={other}"
+        )
+    if not trained:
+        makers = sorted(name for name, cfg in published.items() if bool(cfg.get("quick_gelu", False)) != quick)
+        warnings.warn(
+            f"clip.weights={clip.weights} does not say whether it was trained with QuickGELU; clip.model={clip.model} "
+            f"takes {'it' if quick else 'GELU'}. If it is one of {', '.join(makers[:4])}:  --set clip.model={other}",
+            stacklevel=2,
+        )
+
+
+def _tags_of(model: str) -> list[str]:
+    tags: list[str] = open_clip.list_pretrained_tags_by_model(model)
+    return tags
+
+
+def _is_named(weights: str, tag: str, published: Mapping[str, Any]) -> bool:
+    """Whether weights come, by their name, from a published tag: its hub repository, or its name in a file's name."""
+    repository = str(published.get("hf_hub", "")).rpartition("/")[0]
+    if weights == repository:
+        return True
+    words = re.split(r"[^a-z0-9]+", Path(weights).expanduser().absolute().as_posix().lower())
+    parts = re.split(r"[^a-z0-9]+", tag.lower())
+    last = words[-8:]  # the file and the folders next to it
+    return any(last[at : at + len(parts)] == parts for at in range(len(last)))
 
 
 def _described(clip: ClipConfig, *, local_only: bool = False) -> dict[str, Any]:
@@ -340,6 +397,31 @@ def _tag(clip: ClipConfig) -> dict[str, Any]:
     return dict(open_clip.get_pretrained_cfg(clip.model, clip.weights))
 
 
+def _other_model(source: Path) -> str:
+    """Which of open_clip's models have a tower of the sizes that a file holds, as a setting to type."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in read_tensors(source, ("visual.",)).items()}
+    conv = shapes.get("visual.conv1.weight")
+    if conv is None or len(conv) != 4:
+        return "Name the model that the weights were made for:  --set clip.model=NAME"
+    blocks = {int(match[1]) for key in shapes if (match := re.match(r"visual\.transformer\.resblocks\.(\d+)\.", key))}
+    tokens = shapes.get("visual.positional_embedding", (0,))[0]
+    alike = []
+    for name in sorted(BUILT_IN_MODELS, key=lambda name: (len(name), name)):
+        sizes = _numerics(open_clip.get_model_config(name))
+        patch, side = sizes["patch_size"], sizes["image_size"]
+        if not isinstance(side, int) or not isinstance(patch, int):
+            continue
+        if (sizes["width"], patch, sizes["layers"], (side // patch) ** 2 + 1) == (
+            conv[0],
+            conv[2],
+            len(blocks),
+            tokens,
+        ):
+            alike.append(name)
+    told = f"a ViT of width {conv[0]}, {len(blocks)} blocks, patches of {conv[2]}, {tokens} tokens"
+    return f"It holds {told}.\nName that model:  --set clip.model={alike[0] if alike else 'NAME'}"
+
+
 def _is_hub_repository(weights: str) -> bool:
     return "/" in weights and HUB_ID.fullmatch(weights) is not None
 
@@ -355,7 +437,7 @@ def _open_clip_file(clip: ClipConfig, tag: Mapping[str, Any]) -> Path:
         repository, _, file = str(tag["hf_hub"]).rpartition("/")
         names = (Path(file).with_suffix(".safetensors").name, file) if file else OPEN_CLIP_FILES[:2]
     elif not (clip.weights and path.is_dir()) and not _is_hub_repository(clip.weights):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip.model)) or "none"
+        tags = ", ".join(_tags_of(clip.model)) or "none"
         raise WeightsMissing(
             f"clip.weights={clip.weights!r} is not here: no such file or folder, and no tag of {clip.model}.\n"
             f"Tags of {clip.model}: {tags}. For random weights: --set clip.weights=seed:0"
@@ -376,9 +458,7 @@ def _open_clip_preprocess(
         return Preprocess.of(tag, source=f"{clip.model} {clip.weights}")
     if described.get("preprocess_cfg"):
         return Preprocess.of(described["preprocess_cfg"], source=f"{OPEN_CLIP_CONFIG} of {clip.weights}")
-    tags = [
-        open_clip.get_pretrained_cfg(clip.model, name) for name in open_clip.list_pretrained_tags_by_model(clip.model)
-    ]
+    tags = [open_clip.get_pretrained_cfg(clip.model, name) for name in _tags_of(clip.model)]
     alike = [cfg for cfg in tags if bool(cfg.get("quick_gelu", False)) == architecture.quick_gelu]
     published = {Preprocess.of(cfg, source=clip.model) for cfg in alike}
     if len(published) == 1:

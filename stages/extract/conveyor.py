@@ -1,7 +1,7 @@
 """Three threads, one after another along a task: read and resize, encode, write. The encoder never waits for the rest.
 
     reader thread                       caller's thread                   writer thread
-    claim; frames, resized         -->  encoder, one batch at a time  --> checksums, disk, fsync, publication
+    frames, resized                -->  encoder, one batch at a time  --> checksums, disk, fsync, publication
 
 The encoder runs in the caller's thread, so that a signal's exception ends it between two of its operations. Whatever
 ends a line, an error travels along it in its place: what came before is still written, and its video is named.
@@ -14,18 +14,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from cache_schema.errors import CacheMissing
+from cache_schema.errors import CacheMissing, SegmentFailed
 from cache_schema.plan import Segment, Task
-from cache_schema.store import FeatureStore, SegmentFailed, SegmentResult, write_tasks_together
-from stages.extract.halving import encode
-from stages.extract.sharing import Shares
+from cache_schema.store import FeatureStore
+from cache_schema.write import SegmentResult, write_task
 from stages.types import FrameSource, FrozenEncoder, VideoRejected
 
 # Batches and ends of videos that wait between two threads: enough to absorb a slow start of a video or a slow disk.
@@ -75,7 +74,7 @@ class Channel:
 
 @dataclass(frozen=True)
 class Begin:
-    """A task, and the encoders that still owe it something, with a claim for each."""
+    """A task, and the encoders that still owe it something."""
 
     task: Task
     encoders: Sequence[FrozenEncoder]
@@ -105,14 +104,6 @@ class Failed:
     error: BaseException | None
 
 
-@dataclass
-class Outcome:
-    """What a run over tasks did: frames written, and the tasks of which another extraction has a part."""
-
-    frames: int = 0
-    busy: list[Task] = field(default_factory=list)
-
-
 def run_tasks(
     tasks: Sequence[Task],
     source: FrameSource,
@@ -121,18 +112,18 @@ def run_tasks(
     *,
     batch_size: int,
     on_video: Callable[[str], None] = lambda _: None,
-) -> Outcome:
-    """Extract tasks and publish them, in order. Safe to run twice, and in two places.
+    stopping: Callable[[], bool] = lambda: False,
+) -> int:
+    """Extract tasks and publish them, in order; returns the frames written. Safe to run twice, and in two places.
 
-    An encoder is not run for a task that all its modalities have, nor for one that another extraction has claimed for
-    it. ``on_video`` is called in the caller's thread, when the last frame of a video is encoded.
+    An encoder is not run for a task that all its modalities have. ``on_video`` is called in the caller's thread, when
+    the last frame of a video is encoded. Before each task ``stopping`` is asked: no further one is begun then.
 
     Raises:
         Whatever source, encoder or disk raises, with a note that names the video; partial files are gone then.
         CacheMissing: a shard of these tasks was removed meanwhile.
     """
-    with contextlib.closing(Shares(stores)) as shares:
-        return _Line(source, stores, shares, batch_size).run(tasks, encoders, on_video)
+    return _Line(source, stores, batch_size, stopping).run(tasks, encoders, on_video)
 
 
 def make_features(
@@ -140,28 +131,36 @@ def make_features(
 ) -> SegmentResult[Mapping[str, np.ndarray]]:
     """Features of all modalities for any frames of any video, as they are asked for."""
 
+    facts: dict[str, object] = {}
+
     def batches() -> Iterator[Mapping[str, np.ndarray]]:
         index = np.asarray(segment.frame_index)
         try:
             with naming(segment.video_id):
-                for frames in source.frames(segment.video_id, index, batch_size=batch_size):
+                reading = source.frames(segment.video_id, index, batch_size=batch_size)
+                for frames in reading:
                     yield _encoded(encoders, [encoder.view(frames) for encoder in encoders])
         except VideoRejected as rejected:
             raise SegmentFailed(rejected.kind, rejected.reason) from rejected
+        facts.update(asdict(reading.facts))
 
-    return SegmentResult(batches(), facts=lambda: asdict(source.facts(segment.video_id)))
+    return SegmentResult(batches(), facts=lambda: facts)
 
 
 class _Line:
     def __init__(
-        self, source: FrameSource, stores: Mapping[str, FeatureStore], shares: Shares, batch_size: int
+        self,
+        source: FrameSource,
+        stores: Mapping[str, FeatureStore],
+        batch_size: int,
+        stopping: Callable[[], bool],
     ) -> None:
-        self.source, self.stores, self.shares, self.batch_size = source, stores, shares, batch_size
+        self.source, self.stores, self.batch_size, self.stopping = source, stores, batch_size, stopping
         self.pictures, self.features = Channel(AHEAD), Channel(AHEAD)
-        self.done = Outcome()
+        self.frames = 0
         self.write_error: BaseException | None = None
 
-    def run(self, tasks: Sequence[Task], encoders: Sequence[FrozenEncoder], on_video: Callable[[str], None]) -> Outcome:
+    def run(self, tasks: Sequence[Task], encoders: Sequence[FrozenEncoder], on_video: Callable[[str], None]) -> int:
         reader = threading.Thread(target=self._read, args=(tasks, encoders), name="extract-read", daemon=True)
         writer = threading.Thread(target=self._write, name="extract-write", daemon=True)
         reader.start()
@@ -179,7 +178,7 @@ class _Line:
         writer.join()
         if self.write_error is not None:
             raise self.write_error
-        return self.done
+        return self.frames
 
     def _tell_writer(self, error: BaseException) -> None:
         with contextlib.suppress(Stopped):  # it has failed itself
@@ -206,7 +205,7 @@ class _Line:
                 self.pictures.put(Failed(None))
 
     def _read_task(self, task: Task, encoders: Sequence[FrozenEncoder]) -> None:
-        owing = self._claimed(task, encoders)
+        owing = [encoder for encoder in encoders if self._owes(encoder, task)]
         if not owing:
             return
         self.pictures.put(Begin(task, owing))
@@ -217,30 +216,16 @@ class _Line:
                 with naming(segment.video_id):
                     self._read_segment(segment, owing)
 
-    def _claimed(self, task: Task, encoders: Sequence[FrozenEncoder]) -> list[FrozenEncoder]:
-        """The encoders that owe the task something and are free to do it here."""
-        owing = [encoder for encoder in encoders if self._owes(encoder, task)]
-        free = [encoder for encoder in owing if self.shares.take(encoder, task)]
-        if len(free) < len(owing):
-            self.done.busy.append(task)
-        ours = []
-        for encoder in free:
-            if self._owes(encoder, task):
-                ours.append(encoder)
-            else:  # another extraction finished it before we had the claim
-                self.shares.give_up(encoder, task)
-        return ours
-
     def _owes(self, encoder: FrozenEncoder, task: Task) -> bool:
         return any(lacks(self.stores[name], task) for name in encoder.specs)
 
     def _read_segment(self, segment: Segment, encoders: Sequence[FrozenEncoder]) -> None:
         index = np.asarray(segment.frame_index)
         try:
-            for frames in self.source.frames(segment.video_id, index, batch_size=self.batch_size):
-                self.shares.touch()
+            reading = self.source.frames(segment.video_id, index, batch_size=self.batch_size)
+            for frames in reading:
                 self.pictures.put(Batch(segment, [encoder.view(frames) for encoder in encoders]))
-            facts = asdict(self.source.facts(segment.video_id))
+            facts = asdict(reading.facts)
         except VideoRejected as rejected:
             self.pictures.put(End(segment, None, rejected))
         else:
@@ -253,12 +238,13 @@ class _Line:
         while True:
             item = self.pictures.get()
             match item:
+                case Begin() if self.stopping():
+                    item = Failed(None)
                 case Begin():
                     encoders = item.encoders
                 case Batch(segment, pictures):
                     with naming(segment.video_id):
                         item = Batch(segment, _encoded(encoders, pictures))
-                    self.shares.touch()
             self.features.put(item)
             match item:
                 case End(segment):
@@ -276,8 +262,6 @@ class _Line:
                 match self.features.get():
                     case Begin(task, encoders):
                         self._write_task(task, {n: self.stores[n] for e in encoders for n in e.specs})
-                        for encoder in encoders:
-                            self.shares.give_up(encoder, task)
                     case Failed():
                         return
         except BaseException as error:
@@ -291,8 +275,8 @@ class _Line:
         def produce(segment: Segment) -> SegmentResult[Mapping[str, np.ndarray]]:
             return SegmentResult(self._features_of(segment, facts), facts=lambda: facts[segment.video_id])
 
-        reports = write_tasks_together(stores, task, produce)
-        self.done.frames += max(report.frames for report in reports.values())
+        reports = write_task(stores, task, produce)
+        self.frames += max(report.frames for report in reports.values())
 
     def _features_of(
         self, segment: Segment, facts: dict[str, Mapping[str, object]]
@@ -317,7 +301,7 @@ class _Line:
 def _encoded(encoders: Sequence[FrozenEncoder], pictures: Sequence[Tensor]) -> dict[str, np.ndarray]:
     features: dict[str, np.ndarray] = {}
     for encoder, picture in zip(encoders, pictures, strict=True):
-        features |= encode(encoder, picture)
+        features |= encoder.encode(picture)
     return features
 
 

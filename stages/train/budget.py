@@ -54,10 +54,13 @@ def peak_bytes(student: Student, shape: Shape, *, questions: int, windows: int) 
     slots = min(shape.num_frames, cfg.memory_len + 1)
     # Attention: queries, keys, values, output twice, the sum before and the states after the norm; feed-forward: what
     # goes into the GELU, the sum before and the states after the norm, and queries and text together again.
-    layer = n * (10 * cfg.hidden_size + cfg.intermediate_size)
+    # Dropout keeps its mask of what each of the two adds: a seventh of the layer at the paper's widths.
+    dropped = int(cfg.dropout > 0)
+    layer = n * ((10 + 2 * dropped) * cfg.hidden_size + cfg.intermediate_size)
     layers_kept = 1 if cfg.recompute_layers else crossing
     question = steps * (n * cfg.hidden_size if cfg.recompute_layers else layer) * cfg.num_layers
-    question += steps * 6 * cfg.num_queries * cfg.hidden_size * layers_kept
+    question += steps * (6 + dropped) * cfg.num_queries * cfg.hidden_size * layers_kept
+    question += steps * dropped * n * cfg.hidden_size  # of the embeddings: the mask and what it leaves
     window = steps * 2 * shape.tokens * cfg.hidden_size * layers_kept
     window += shape.num_frames * shape.tokens * shape.width * 3 + steps * shape.tokens * shape.width
     merges = max(0, shape.num_frames - 1 - cfg.memory_len)

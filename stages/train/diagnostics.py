@@ -99,7 +99,7 @@ def level_values(record: Mapping[str, Any], prefix: str) -> dict[int, float]:
     found = {
         int(key.removeprefix(prefix)): value
         for key, value in record.items()
-        if key.startswith(prefix) and key.removeprefix(prefix).isdigit() and value is not None
+        if key.startswith(prefix) and key.removeprefix(prefix).isdecimal() and value is not None
     }
     return dict(sorted(found.items()))
 

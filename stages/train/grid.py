@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stages.config import TrainConfig
 from stages.data.samples import Batch, CachedSamples, Request
+from stages.stopping import whole_steps
 from stages.train import diagnostics
 from stages.train.loop import (
     STEPS_AHEAD,
@@ -33,7 +34,6 @@ from stages.train.loop import (
     add,
     make_schedule,
 )
-from stages.train.stopping import whole_steps
 
 # What decides which samples a step reads. Everything else may differ between the students of a pass.
 SHARED = ("seed", "batch_size", "drop_last", "group_windows")

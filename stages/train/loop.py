@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from stages.config import AlignConfig, TrainConfig
 from stages.data.samples import Batch, CachedSamples, Request
+from stages.stopping import whole_steps
 from stages.train import budget, diagnostics
 from stages.train.alignment import Alignment
 from stages.train.noise import Noise
-from stages.train.stopping import whole_steps
 from stages.train.student import Student, last_frames, num_aligned_frames
 from stages.types import Decoder
 

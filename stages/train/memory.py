@@ -14,15 +14,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-TIE_DECIMALS = (
-    6  # cosines equal to this many decimals are a tie, and the earlier pair wins (D26): rounding noise never decides
-)
+COSINE_EPS = 1e-8  # the least norm that a cosine divides by (torch's default)
 
 
 def adjacent_similarity(values: Float[Tensor, "B K N C"]) -> Float[Tensor, "B J N"]:
-    """Cosine between entry j and entry j + 1, for every token index; J = K - 1. Rounded to ``TIE_DECIMALS``."""
+    """Cosine between entry j and entry j + 1, for every token index; J = K - 1. Infinite for a repeat (D26).
+
+    A repeat is an entry that equals the one before it in every number. Their cosine is 1, but only up to rounding,
+    which must not choose among several repeats.
+    """
     values = values if values.dtype == torch.float64 else values.float()
-    return F.cosine_similarity(values[:, :-1], values[:, 1:], dim=-1, eps=1e-8).round(decimals=TIE_DECIMALS)
+    left, right = values[:, :-1], values[:, 1:]
+    cosine = F.cosine_similarity(left, right, dim=-1, eps=COSINE_EPS)
+    return cosine.masked_fill((left == right).all(-1), torch.inf)
 
 
 def merge_choice(values: Float[Tensor, "B K N C"]) -> Int[Tensor, "B N"]:
@@ -45,7 +49,8 @@ def merge_pairs(
     left_size, right_size = sizes.gather(1, chosen), sizes.gather(1, chosen + 1)
     left_values = values.gather(1, chosen[..., None].expand(-1, -1, -1, values.shape[-1]))
     total = left_size + right_size
-    merged = (left_values * left_size[..., None] + next_values * right_size[..., None]) / total[..., None]
+    # The size-weighted mean, in the form that leaves two equal numbers as they are: a run of repeats stays one.
+    merged = torch.lerp(next_values, left_values, (left_size / total)[..., None])
     here = position == chosen  # [B, J, N]
     return torch.where(here[..., None], merged, kept_values), torch.where(here, total, kept_sizes)
 

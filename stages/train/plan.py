@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.train.memory import TIE_DECIMALS
-
-COSINE_EPS = 1e-8  # as in F.cosine_similarity, which the reference bank uses
+from stages.train.memory import COSINE_EPS
 
 
 @dataclass(frozen=True)
@@ -89,21 +87,6 @@ class MergePlan:
         places = self.position, self.kept_slot, self.freed_slot, self.kept_row, self.freed_row, self.last_row
         return (*places, self.weight)
 
-    def starts(self, t: int) -> Int[Tensor, "k B N"]:
-        """First frame of every bank entry that step t reads, in order of time; an entry ends where the next starts.
-
-        This is the merge timeline: at step t the entries are [starts[i], starts[i + 1]), the last one ending at t.
-        """
-        shape = self.position.shape[1:]
-        order = torch.arange(min(t, self.max_len), device=self.position.device)[:, None, None]
-        starts = order.expand(-1, *shape).contiguous()
-        for j in range(max(0, t - self.max_len)):
-            # At the time of merge j the entries are K + 1: those of ``starts`` and frame K + j.
-            longer = F.pad(starts, (0, 0, 0, 0, 0, 1), value=self.max_len + j)
-            source = order + (order > self.position[j]).long()
-            starts = longer.gather(0, source)
-        return starts
-
 
 class PlanCache:
     """Plans of windows that look the same in every epoch, made once.
@@ -158,12 +141,24 @@ def merge_plan(x: Float[Tensor, "T B N C"], max_len: int) -> MergePlan:
         columns = columns if columns.dtype == torch.float64 else columns.float()
         gram = torch.bmm(columns, columns.mT)
         prefix = F.pad(gram.double().cumsum_(1).cumsum_(2), (1, 0, 1, 0)).flatten(1)  # [B·N, (T + 1)²]
-        fields = _scan(prefix, num_frames, max_len)
+        run = F.pad(~_repeats(x), (0, 0, 0, 0, 1, 0)).cumsum(0).flatten(1).mT  # [B·N, T]
+        fields = _scan(prefix, run, num_frames, max_len)
     return MergePlan(num_frames, max_len, *(field.view(-1, batch, num_tokens) for field in fields))
 
 
-def _scan(prefix: Float[Tensor, "S Z"], num_frames: int, max_len: int) -> list[Tensor]:
-    """The fields of MergePlan, [J, S] each, from the prefix sums of S columns."""
+def _repeats(x: Float[Tensor, "T B N C"]) -> Bool[Tensor, "_ B N"]:
+    """Whether each frame but the first equals the one before it in every number."""
+    later, earlier = x[1:], x[:-1]
+    repeats = later[..., 0] == earlier[..., 0]  # rarely by chance, so hardly a row has to be read to its end
+    repeats[repeats.clone()] = (later[repeats] == earlier[repeats]).all(-1)
+    return repeats
+
+
+def _scan(prefix: Float[Tensor, "S Z"], run: Int[Tensor, "S T"], num_frames: int, max_len: int) -> list[Tensor]:
+    """The fields of MergePlan, [J, S] each, from the prefix sums of S columns.
+
+    ``run`` numbers the runs of frames that repeat each other.
+    """
     side, device = num_frames + 1, prefix.device
     order = torch.arange(max_len + 1, device=device)
     columns = len(prefix)
@@ -173,7 +168,7 @@ def _scan(prefix: Float[Tensor, "S Z"], num_frames: int, max_len: int) -> list[T
     rows = slots.clone()
 
     def cosine(first: Int[Tensor, "S z"]) -> Float[Tensor, "S z"]:
-        """Rounded cosine of entries ``first`` and ``first + 1``."""
+        """Cosine of entries ``first`` and ``first + 1``; infinite where all their frames repeat one."""
         b0, b1, b2 = (bounds.gather(1, first + i) for i in range(3))
         pairs = ((b0, b0), (b0, b1), (b0, b2), (b1, b1), (b1, b2), (b2, b2))
         corners = torch.stack([low * side + high for low, high in pairs], 1).flatten(1)
@@ -184,7 +179,8 @@ def _scan(prefix: Float[Tensor, "S Z"], num_frames: int, max_len: int) -> list[T
             ((p11 - 2 * p01 + p00).clamp_min(0).sqrt() / left).clamp_min(COSINE_EPS),
             ((p22 - 2 * p12 + p11).clamp_min(0).sqrt() / right).clamp_min(COSINE_EPS),
         ]
-        return (across / (norms[0] * norms[1])).round(decimals=TIE_DECIMALS)
+        repeats = run.gather(1, b0) == run.gather(1, b2 - 1)
+        return (across / (norms[0] * norms[1])).masked_fill(repeats, torch.inf)
 
     cosines = cosine(order[:-1].expand(columns, -1))  # [S, K]
     record: list[list[Tensor]] = []

@@ -4,14 +4,15 @@ They are the baselines of every result table. A probe on the teacher's pooled fe
 one on pooled CLIP tokens says what a task needs beyond them. Penalty, learning rate and stopping point are chosen on
 val, never on test. Every probe is a deterministic function of features, samples and (attentive only) a seed.
 
-A probe does not read the question, so one is fitted for every task (``tasks``) and knows its answers only.
+A probe does not read the question, so one is fitted for every task (``tasks``) and knows its answers only. Where a task
+has too little to fit one, the most frequent answer stands in, and ``fit_tasks`` says so.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -27,11 +28,13 @@ from stages.types import Sample
 
 Stores = Mapping[str, FeatureStore]  # "clip" and, where a teacher probe is asked for, "teacher"
 Pool = Literal["mean", "frames", "last", "flat"]
+Log = Callable[[int, int], None]  # work done, of how much
 
 IN_MEMORY_BYTES = 4 << 30  # features of one split: kept in memory up to here, else read again in every step
 MAX_FLAT = 1 << 17  # numbers per sample that a linear probe takes
 MAX_CLASSES = 512  # open questions have thousands of answers: no probe for those
-MAX_PROMPTS = 64  # up to here every prompt is a task of its own
+MAX_PROMPTS = 64  # up to here every prompt is a task of its own,
+OFTEN = 10  # where each is asked this often in training: open questions are mostly asked once
 PENALTIES = tuple(10.0**power for power in range(-5, 3))  # of the mean cross-entropy; features are standardised
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-4, 6))  # of the mean squared error
 ATTENTIVE_WIDTH, ATTENTIVE_QUERIES, ATTENTIVE_HEADS = 64, 4, 4
@@ -48,7 +51,7 @@ class Splits(NamedTuple):
 
 
 class ProbeRefused(ValueError):
-    """This probe has no meaning or no room here; the message says why. The other baselines go on."""
+    """This probe has no meaning or no room here; the message says why. Other tasks and other baselines go on."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,9 @@ def fit_logistic(
     return weights.detach()
 
 
-def linear(stores: Stores, splits: Splits, *, source: str, pool: Pool, seed: int = 0) -> Answers:
+def linear(
+    stores: Stores, splits: Splits, *, source: str, pool: Pool, seed: int = 0, log: Log = lambda *_: None
+) -> Answers:
     """Linear probe on pooled features; the penalty with the best accuracy on val (then likelihood) is taken."""
     del seed  # nothing is drawn
     labels = _labels(splits.train)
@@ -205,7 +210,10 @@ def linear(stores: Stores, splits: Splits, *, source: str, pool: Pool, seed: int
     y, y_val = _targets(splits.train, labels), _targets(splits.val, labels)
     weights = torch.zeros(z["train"].shape[1] + 1, len(labels), dtype=torch.float64)
     best: tuple[tuple[float, float], float, Tensor] | None = None
-    for penalty in sorted(PENALTIES, reverse=True):  # each solution starts from that of the next stronger penalty
+    for number, penalty in enumerate(
+        sorted(PENALTIES, reverse=True)
+    ):  # each starts from the next stronger one's solution
+        log(number, len(PENALTIES))
         weights = fit_logistic(z["train"], y, penalty=penalty, start=weights)
         worth = _worth(z["val"] @ weights[:-1] + weights[-1], y_val)
         if best is None or worth > best[0]:
@@ -286,7 +294,7 @@ class AttentivePool(nn.Module):
         return logits
 
 
-def attentive(stores: Stores, splits: Splits, *, source: str, seed: int = 0) -> Answers:
+def attentive(stores: Stores, splits: Splits, *, source: str, seed: int = 0, log: Log = lambda *_: None) -> Answers:
     """Attentive probe on all tokens (or, for the teacher, on the vectors of all frames), by AdamW.
 
     Two learning rates; of both, the step with the best accuracy on val (then the best likelihood) is taken.
@@ -297,7 +305,7 @@ def attentive(stores: Stores, splits: Splits, *, source: str, seed: int = 0) -> 
     y, y_val = _targets(splits.train, labels), _targets(splits.val, labels)
     best: tuple[tuple[float, float], float, int, dict[str, Tensor]] | None = None
     with torch.random.fork_rng(devices=[]):
-        for rate in ATTENTIVE_RATES:
+        for number, rate in enumerate(ATTENTIVE_RATES):
             torch.manual_seed(seed)
             model = AttentivePool(frames["train"].shape, len(labels), mean, scale)
             optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
@@ -311,6 +319,7 @@ def attentive(stores: Stores, splits: Splits, *, source: str, seed: int = 0) -> 
                 optimizer.zero_grad()
                 cross_entropy(model(frames["train"].rows(batch)), y[batch]).backward()
                 optimizer.step()
+                log(number * ATTENTIVE_STEPS + step, len(ATTENTIVE_RATES) * ATTENTIVE_STEPS)
                 if step % ATTENTIVE_CHECK == 0:
                     worth = _worth(_all_logits(model, frames["val"]), y_val)
                     if best is None or worth > best[0]:
@@ -343,9 +352,9 @@ def _channel_moments(frames: Frames) -> tuple[Float[Tensor, " C"], Float[Tensor,
 # ---------------------------------------------------------------- what the registry names
 
 
-def majority(stores: Stores, splits: Splits, *, seed: int = 0) -> Answers:
+def majority(stores: Stores, splits: Splits, *, seed: int = 0, log: Log = lambda *_: None) -> Answers:
     """Always the most frequent answer of the training set, then the second, …"""
-    del stores, seed
+    del stores, seed, log
     counts = Counter(sample.answer for sample in splits.train)
     labels = tuple(sorted(counts))
     shares = np.log(np.array([counts[label] for label in labels]) / len(splits.train))
@@ -363,21 +372,60 @@ teacher_attentive = partial(attentive, source="teacher")
 
 
 def tasks(splits: Splits) -> dict[str, Splits]:
-    """The splits cut into tasks: by prompt where there are few prompts, else by group (question type).
+    """The splits cut into the tasks of test: by prompt where there are few, each asked often, else by group.
 
-    Raises:
-        ProbeRefused: a task of the test split has no training or no val samples.
+    The group is the question type in the QA layout, and the label in LVU's, where it has one prompt.
     """
-    prompts = {sample.prompt for sample in splits.train}
-    few = len(prompts) <= MAX_PROMPTS and {sample.prompt for sample in splits.test} <= prompts
+    asked = Counter(sample.prompt for sample in splits.train)
+    by_prompt = len(asked) <= MAX_PROMPTS and all(asked[sample.prompt] >= OFTEN for sample in splits.test)
     cut: dict[str, tuple[list[Sample], list[Sample], list[Sample]]] = {}
     for number, part in enumerate(splits):
         for sample in part:
-            cut.setdefault(sample.prompt if few else sample.group, ([], [], []))[number].append(sample)
-    for name, (train, val, test) in cut.items():
-        if test and not (train and val):
-            raise ProbeRefused(f"{name!r} has {len(train)} training and {len(val)} val samples; a probe needs both")
+            cut.setdefault(sample.prompt if by_prompt else sample.group, ([], [], []))[number].append(sample)
     return {name: Splits(*parts) for name, parts in sorted(cut.items()) if parts[2]}
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """What a probe says to the test samples of one task."""
+
+    task: str
+    samples: Sequence[Sample]
+    answers: Answers
+    refused: str  # why the most frequent training answer stands in for the probe; empty where it does not
+
+
+def fit_tasks(
+    probe: Callable[..., Answers], stores: Stores, splits: Splits, *, seed: int, log: Log = lambda *_: None
+) -> list[TaskAnswers]:
+    """Fit a probe to every task of the test split.
+
+    A task that it cannot be fitted to (no val samples, too many answers) is answered by ``majority``, so that every
+    baseline answers the same questions.
+
+    Raises:
+        ProbeRefused: it can be fitted to no task at all.
+    """
+    found = []
+    cut = tasks(splits)
+    for number, (task, parts) in enumerate(cut.items()):
+
+        def part_done(done: int, total: int, number: int = number) -> None:
+            log(100 * number + 100 * done // total, 100 * len(cut))
+
+        known = parts if parts.train else parts._replace(train=splits.train)
+        refused = ""
+        try:
+            if probe is not majority and not (parts.train and parts.val):
+                counts = f"{len(parts.train)} training and {len(parts.val)} val samples"
+                raise ProbeRefused(f"{task!r} has {counts}; a probe needs both")
+            answers = probe(stores, known, seed=seed, log=part_done)
+        except ProbeRefused as error:
+            refused, answers = str(error), majority(stores, known)
+        found.append(TaskAnswers(task, parts.test, answers, refused))
+    if all(part.refused for part in found):
+        raise ProbeRefused("; ".join(dict.fromkeys(part.refused for part in found)))
+    return found
 
 
 def _labels(train: Sequence[Sample]) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class Attention(nn.Module):
         self.output = AddNorm(hidden_size, hidden_size)
 
 
-class Expand(nn.Module):
+class Intermediate(nn.Module):
     """The first half of a feed-forward network, before its GELU."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
@@ -98,7 +98,7 @@ class Expand(nn.Module):
         return dense
 
 
-class Contract(AddNorm):
+class Output(AddNorm):
     """The second half: exact GELU, dense, residual step."""
 
     def project(self, x: Tensor) -> Tensor:
@@ -139,10 +139,10 @@ class QFormerLayer(nn.Module):
         super().__init__()
         self.attention = Attention(hidden_size, num_heads, hidden_size)
         self.crossattention = Attention(hidden_size, num_heads, frame_size) if cross else None
-        self.intermediate = Expand(hidden_size, intermediate_size)
-        self.output = Contract(intermediate_size, hidden_size)
-        self.intermediate_query = Expand(hidden_size, intermediate_size)
-        self.output_query = Contract(intermediate_size, hidden_size)
+        self.intermediate = Intermediate(hidden_size, intermediate_size)
+        self.output = Output(intermediate_size, hidden_size)
+        self.intermediate_query = Intermediate(hidden_size, intermediate_size)
+        self.output_query = Output(intermediate_size, hidden_size)
 
     def feed_forward(
         self, queries: Float[Tensor, "T B Q E"], text: Float[Tensor, "T B L E"], noise: Noise | None

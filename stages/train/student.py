@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,9 @@ INSTRUCTBLIP_PARTS = {
     "language_projection.": "llm_proj.",
     "vision_model.post_layernorm.": "ln_vision.",
 }
+
+DEC = "[DEC]"  # the token that MA-LMM's release (LAVIS) adds to BERT's; no prompt holds it
+BERT_WORDS = 30_522  # bert-base-uncased
 
 TIED_TO_OTHER_WIDTHS = re.compile(r"llm_proj\.|ln_vision\.|.*\.crossattention\.attention\.(key|value)\.weight")
 
@@ -260,49 +263,146 @@ def build(cfg: StudentConfig, *, clip_width: int, llm_width: int, kind: type[Stu
         ValueError: settings that do not fit together.
         stages.weights.WeightsMissing: the checkpoint is not here; names the command that fetches it.
     """
-    student = kind(cfg, load_tokenizer(cfg), clip_width=clip_width, llm_width=llm_width)
+    tokenizer = load_tokenizer(cfg)
     seed = weights.parse_seed(cfg.init)
+    tensors: dict[str, Tensor] = {}
+    if seed is None:
+        folder = weights.resolve_weights(cfg.init, cfg.revision, prefixes=tuple(INSTRUCTBLIP_PARTS))
+        tensors = read_instructblip(folder)
+        _match_tokenizer(cfg, tokenizer, tensors)
+    student = kind(cfg, tokenizer, clip_width=clip_width, llm_width=llm_width)
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
     init_like_bert(student.qformer, generator, cfg.hidden_size)
     init_like_bert(student.llm_proj, generator, cfg.hidden_size)
     student.query_tokens.data.normal_(0.0, 0.02 * (768 / cfg.hidden_size) ** 0.5, generator=generator)
     nn.init.zeros_(student.image_pe.weight)  # MA-LMM: PE starts at zero
     if seed is None:
-        load_instructblip(student, weights.resolve_weights(cfg.init, cfg.revision, prefixes=tuple(INSTRUCTBLIP_PARTS)))
+        load_instructblip(student, tensors, source=cfg.init)
     return student
 
 
-def load_instructblip(student: Student, folder: Path) -> None:
-    """Q-Former, query tokens, ln_vision and llm_proj of an InstructBLIP checkpoint into ``student``, in place.
+def read_instructblip(folder: Path) -> dict[str, Tensor]:
+    """Q-Former, query tokens, ln_vision and llm_proj of an InstructBLIP checkpoint, under the student's names.
 
-    Only the tensors under those prefixes are read. Parts that meet another width here (C of another CLIP, V of another
-    language model) keep their seeded start, with a warning that names them; anything else that does not fit is an
-    error.
+    Only the tensors under those prefixes are read.
+    """
+    loaded: dict[str, Tensor] = {}
+    for key, tensor in weights.read_tensors(folder, tuple(INSTRUCTBLIP_PARTS)).items():
+        prefix = next(p for p in INSTRUCTBLIP_PARTS if key.startswith(p))
+        loaded[INSTRUCTBLIP_PARTS[prefix] + key[len(prefix) :]] = tensor
+    return loaded
+
+
+def load_instructblip(student: Student, tensors: Mapping[str, Tensor], *, source: object) -> None:
+    """What ``read_instructblip`` gave into ``student``, in place.
+
+    Parts that meet another width here (C of another CLIP, V of another language model) keep their seeded start, with a
+    warning that names them; anything else that does not fit is an error, which ends with the settings that fit.
 
     Raises:
         ValueError: a tensor is missing or has a wrong shape.
     """
-    tensors = weights.read_tensors(folder, tuple(INSTRUCTBLIP_PARTS))
     ours = student.state_dict()
-    loaded: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        prefix = next(p for p in INSTRUCTBLIP_PARTS if key.startswith(p))
-        loaded[INSTRUCTBLIP_PARTS[prefix] + key[len(prefix) :]] = tensor
     wanted = set(ours) - {"image_pe.weight"}  # not in InstructBLIP; starts at zero
-    missing, unexpected = sorted(wanted - set(loaded)), sorted(set(loaded) - wanted)
-    if missing or unexpected:
-        raise ValueError(f"{folder}: not the Q-Former that student.* describes; missing {missing}, extra {unexpected}")
-    kept_seeded = []
-    for key, tensor in loaded.items():
-        if tensor.shape == ours[key].shape:
-            ours[key].copy_(tensor)
-        elif TIED_TO_OTHER_WIDTHS.match(key):
-            kept_seeded.append(f"{key} {tuple(tensor.shape)} -> {tuple(ours[key].shape)}")
-        else:
-            raise ValueError(f"{folder}: {key} is {tuple(tensor.shape)}, student.* wants {tuple(ours[key].shape)}")
+    missing, unexpected = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+    shapes = [key for key in sorted(wanted & set(tensors)) if tensors[key].shape != ours[key].shape]
+    kept_seeded = [key for key in shapes if TIED_TO_OTHER_WIDTHS.match(key)]
+    wrong = [
+        f"{k} is {tuple(tensors[k].shape)} there and {tuple(ours[k].shape)} here"
+        for k in shapes
+        if k not in kept_seeded
+    ]
+    wrong += [
+        f"{len(keys)} {what}, such as {keys[0]}" for what, keys in (("missing", missing), ("extra", unexpected)) if keys
+    ]
+    if wrong:
+        raise ValueError(
+            f"{source} is not the Q-Former that student.* describes: {'; '.join(wrong[:4])}.\n"
+            f"{settings_of(tensors, student)}"
+        )
+    for key in set(tensors) - set(kept_seeded):
+        ours[key].copy_(tensors[key])
     if kept_seeded:
+        changed = [f"{key} {tuple(tensors[key].shape)} -> {tuple(ours[key].shape)}" for key in kept_seeded]
         warnings.warn(
             "these parts of the checkpoint have another width than your CLIP or LLM and start from random weights "
-            "instead: " + "; ".join(kept_seeded),
+            "instead: " + "; ".join(changed),
             stacklevel=2,
         )
+
+
+def load_trained(student: Student, tensors: Mapping[str, Tensor], *, source: object) -> None:
+    """The weights of a student that was trained here, in place; all of them.
+
+    Raises:
+        ValueError: they are those of a student with other sizes; ends with the settings that fit.
+    """
+    ours = student.state_dict()
+    wrong = [
+        f"{key} is {tuple(tensors[key].shape)} there and {tuple(ours[key].shape)} here"
+        for key in sorted(ours.keys() & tensors.keys())
+        if tensors[key].shape != ours[key].shape
+    ]
+    wrong += [f"{key} is missing" for key in sorted(ours.keys() - tensors.keys())]
+    wrong += [f"{key} has no place" for key in sorted(tensors.keys() - ours.keys())]
+    if wrong:
+        raise ValueError(
+            f"{source} was trained with other settings: {'; '.join(wrong[:4])}.\n{settings_of(tensors, student)}"
+        )
+    student.load_state_dict(dict(tensors), strict=True)
+
+
+def settings_of(tensors: Mapping[str, Tensor], student: Student) -> str:
+    """What to type, so that a student has the sizes of these weights (under the student's names)."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    layer = "qformer.encoder.layer."
+    blocks = sorted({int(key.removeprefix(layer).partition(".")[0]) for key in shapes if key.startswith(layer)})
+    crossing = [n for n in blocks if f"{layer}{n}.crossattention.output.dense.weight" in shapes]
+    sizes: dict[str, int] = {"num_layers": len(blocks)}
+    if len(query_tokens := shapes.get("query_tokens", ())) == 3:
+        sizes |= {"num_queries": query_tokens[1], "hidden_size": query_tokens[2]}
+    if dense := shapes.get(f"{layer}0.intermediate_query.dense.weight"):
+        sizes["intermediate_size"] = dense[0]
+    if crossing:
+        sizes["cross_attention_every"] = crossing[1] - crossing[0] if len(crossing) > 1 else len(blocks)
+    if rows := shapes.get("image_pe.weight"):
+        sizes["max_frames"] = rows[0]
+    sets = [f"--set student.{key}={value}" for key, value in sizes.items() if getattr(student.cfg, key) != value]
+    lines = [f"Take the sizes of the checkpoint:  {' '.join(sets)}"] if sets else []
+    words = shapes.get("qformer.embeddings.word_embeddings.weight", (len(student.tokenizer),))[0]
+    if words != len(student.tokenizer):
+        lines.append(_other_tokenizer(words, len(student.tokenizer)))
+    for key, what, setting in (
+        ("ln_vision.weight", "CLIP tokens", "clip.model"),
+        ("llm_proj.bias", "prefix", "decode.llm"),
+    ):
+        if shapes.get(key, ours := tuple(student.state_dict()[key].shape)) != ours:
+            lines.append(
+                f"Its {what} have {shapes[key][0]} numbers, here {ours[0]}:  give the {setting} that it was made for"
+            )
+    return "\n".join(
+        lines or ["It is the checkpoint of another model; name one of this kind:  --set student.init=NAME"]
+    )
+
+
+def _match_tokenizer(cfg: StudentConfig, tokenizer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give BERT's tokenizer the token ``[DEC]`` where the checkpoint has a row for it, as MA-LMM does (D87)."""
+    words = tensors.get("qformer.embeddings.word_embeddings.weight")
+    if words is None or len(words) == len(tokenizer):
+        return
+    if len(words) == BERT_WORDS + 1 == len(tokenizer) + 1 and DEC not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"bos_token": DEC})
+        return
+    raise ValueError(
+        f"{cfg.init} and student.tokenizer do not belong together.\n{_other_tokenizer(len(words), len(tokenizer))}"
+    )
+
+
+def _other_tokenizer(words: int, tokens: int) -> str:
+    count = abs(words - tokens)
+    difference = f"{count} {'token' if count == 1 else 'tokens'} {'more' if words > tokens else 'fewer'}"
+    guess = f" ({DEC}?)" if words == tokens + 1 else ""
+    return (
+        f"The checkpoint has {difference}{guess}: {words} rows of words, the tokenizer {tokens}.\n"
+        "Use the checkpoint's own tokenizer (nothing: qformer_tokenizer/ beside it):  --set student.tokenizer="
+    )

@@ -48,6 +48,7 @@ from crc32c import crc32c
 from cache_schema import FeatureStore, Segment, SegmentResult
 from stages.data.loader import Frames, Ring
 from tests.bench.bench_cache import FRAMES, SHAPE, SPEC, video_features
+from tests.cache_schema.makers import write_single
 
 VIDEOS, WARM_UP, WORKERS = 16, 4, 2
 WHOLE = np.arange(FRAMES)
@@ -104,7 +105,7 @@ def make_store(path: Path) -> FeatureStore:
     store = FeatureStore.create(path, "tokens", SPEC)
     store.extend_plan({f"v{number}": WHOLE for number in range(VIDEOS)})
     for task in store.pending():
-        store.write_task(task, _produce)
+        write_single(store, task, _produce)
     return store
 
 

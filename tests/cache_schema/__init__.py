@@ -9,7 +9,7 @@
                                                                 cache_schema/test_state_machine.py::test_01_18_any_order_of_extraction_death_damage_and_repair_ends_in_the_same_store
                                                                 extract/test_run.py::test_killed_at_twenty_random_moments_the_store_is_byte_equal_to_one_never_interrupted
                                                                 (200 kills: python -m tests.bench.kill200)
- 2  SIGTERM, SIGUSR1: the shard is dropped, exit 75             extract/test_interrupted.py::test_02_a_signal_drops_the_shard_at_hand_and_exits_75_and_the_next_run_ends_the_same
+ 2  a stop signal: the shard is finished, exit 75               extract/test_interrupted.py::test_02_a_signal_lets_the_shard_at_hand_be_finished_and_exits_75_and_the_next_run_ends_the_same
                                                                 pipeline/test_errors.py::test_a_signal_ends_the_command_after_its_clean_up
  3  second Ctrl-C: leaves at once                               pipeline/test_errors.py::test_a_second_ctrl_c_leaves_at_once
                                                                 extract/test_interrupted.py::test_03_a_second_ctrl_c_leaves_at_once_and_the_store_is_readable_and_goes_on
@@ -21,15 +21,9 @@
                                                                 extract/test_interrupted.py::test_05_a_disk_that_cannot_be_written_exits_5_with_the_path_and_harms_nothing
                                                                 cache_schema/test_faults.py::test_a_file_size_limit_of_the_system_is_an_ordinary_error
                                                                 pipeline/test_errors.py::test_every_kind_of_error_has_its_exit_code
- 6  two processes on one store: no double work, no loss         extract/test_interrupted.py::test_06_two_extractions_of_one_store_do_no_video_twice
-                                                                extract/test_conveyor.py::test_06_what_another_extraction_has_claimed_is_left_to_it_and_done_here_last_where_it_was_not
-                                                                cache_schema/test_claims.py::test_a_task_is_claimed_once_and_free_again_after_it
-                                                                cache_schema/test_claims.py::test_claims_are_never_trusted_two_holders_of_one_task_write_one_store
+ 6  two processes on one store: the commit decides, no loss     extract/test_interrupted.py::test_06_two_extractions_that_meet_make_one_store_and_neither_fails
+                                                                extract/test_conveyor.py::test_the_parts_of_an_extraction_do_every_video_once_and_end_in_the_same_store
                                                                 cache_schema/test_crash.py::test_two_writers_of_the_same_tasks_make_one_store_without_loss
- 7  claim of a dead process or host: taken over                 extract/test_interrupted.py::test_07_what_a_killed_extraction_had_claimed_is_taken_over
-                                                                cache_schema/test_claims.py::test_the_claim_of_a_process_that_is_gone_is_taken_over_at_once_and_logged
-                                                                cache_schema/test_claims.py::test_a_claim_that_cannot_be_judged_holds_until_its_lease_is_over
-                                                                cache_schema/test_claims.py::test_07_the_claim_of_a_dead_host_is_taken_over_when_its_lease_is_over_and_that_is_logged
  8  shard deleted: training refused, listed, repaired           cache_schema/test_faults.py::test_a_damaged_shard_is_found_and_named_and_never_taken_for_missing
                                                                 cache_schema/test_repair.py::test_repair_gives_the_bytes_that_were_there_and_touches_nothing_else
                                                                 pipeline/test_cache_commands.py::test_08_10_damage_is_listed_with_what_to_run_and_repaired_to_the_same_bytes
@@ -68,10 +62,9 @@
                                                                 extract/test_clip.py::test_values_beyond_float16_become_inf_for_the_store_to_refuse
 41  teacher vector of length 0: counted, no NaN                 train/test_alignment.py::test_a_zero_target_gives_no_nan
                                                                 pipeline/test_cache_commands.py::test_41_inspect_shows_a_video_and_counts_its_zero_vectors
-42  out of memory: the batch is halved once, same store         extract/test_interrupted.py::test_42_a_batch_too_large_is_halved_once_and_the_store_is_the_same
+42  out of memory: the batch is halved once, same store         extract/test_interrupted.py::test_42_a_batch_too_large_is_halved_once_for_the_whole_run_and_the_store_is_the_same
 47  forked DataLoader after zarr: no deadlock                   cache_schema/test_forked_loader.py::test_47_workers_read_after_the_parent_used_zarr_and_do_not_hang
-48  clock jumps: no order and no lease by wall clock            cache_schema/test_damage.py::test_48_no_order_and_no_completeness_depends_on_the_times_of_files
-                                                                cache_schema/test_claims.py::test_48_no_clock_of_another_machine_decides_when_a_lease_is_over
-51  a million videos: opened in < 2 s, bounded memory           cache_schema/test_million.py::test_51_a_store_of_a_million_videos_opens_in_less_than_two_seconds_and_bounded_memory
+48  clock jumps: no order depends on the wall clock             cache_schema/test_damage.py::test_48_no_order_and_no_completeness_depends_on_the_times_of_files
+51  a million videos: opened in < 1 s, bounded memory           cache_schema/test_million.py::test_51_a_store_of_a_million_videos_opens_in_less_than_a_second_and_bounded_memory
 ==  ==========================================================  =====================================================
 """  # noqa: E501

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cache_schema import claims, write_tasks_together
-from tests.cache_schema.makers import SPECS, WANTED, create, extract, producer, single
+from cache_schema import write_task
+from tests.cache_schema.makers import SPECS, WANTED, create, extract, producer, single, write_single
 
 FILE_CALLS = ("pwrite", "fsync", "ftruncate", "link", "unlink", "rename", "replace", "mkdir")
 
@@ -57,7 +57,7 @@ def race(path: Path, barrier: Any, results: Any, salt: int) -> None:
     reports = []
     for task in store.pending():
         barrier.wait()
-        reports.append(store.write_task(task, single(on_batch=lambda _: time.sleep(0.002))))
+        reports.append(write_single(store, task, single(on_batch=lambda _: time.sleep(0.002))))
     barrier.wait()
     store.finalize()
     results.put([(report.shards, report.skipped) for report in reports])
@@ -67,11 +67,11 @@ SLOWED = ("fsync", "link", "rename", "replace", "unlink")
 PLACES = ("start", *SLOWED, "work", "end")
 
 
-def share(path: Path, seed: float, claimed: bool, at: Any = None) -> None:
+def share(path: Path, seed: float, apart: bool, at: Any = None) -> None:
     """The whole extraction beside another one, slow inside every flush, link and rename, so that kills land there.
 
-    Without claims both processes execute the same tasks at once. ``at`` (shared memory, so it outlives a kill) is
-    the number in ``PLACES`` of where this process is.
+    Both processes execute the same tasks at once, or with ``apart`` in the opposite order. ``at`` (shared
+    memory, so it outlives a kill) is the number in ``PLACES`` of where this process is.
     """
     rng, told = random.Random(seed), SimpleNamespace(value=0) if at is None else at
 
@@ -95,16 +95,7 @@ def share(path: Path, seed: float, claimed: bool, at: Any = None) -> None:
     first = stores["tokens"]
     first.extend_plan(WANTED)
     tasks = {task.shards: task for store in stores.values() for task in store.pending()}
-    left = [task for _, task in sorted(tasks.items())]
-    while left:
-        task = left.pop(0)
-        folder, shard = stores[min(stores)].layout.info.folder, task.shards[0]
-        claim = claims.take(folder, shard) if claimed else claims.Claim(claims.claim_file(folder, shard), b"")
-        if claim is None:
-            left.append(task)
-            time.sleep(0.005)
-            continue
-        with claim:
-            write_tasks_together(stores, task, producer(list(SPECS), bad={"dog": 1}))
+    for _, task in sorted(tasks.items(), reverse=apart):
+        write_task(stores, task, producer(list(SPECS), bad={"dog": 1}))
     first.finalize()
     told.value = PLACES.index("end")

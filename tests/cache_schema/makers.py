@@ -15,9 +15,11 @@ from cache_schema import (
     Segment,
     SegmentFailed,
     SegmentResult,
-    claims,
-    write_tasks_together,
+    Task,
+    TaskReport,
+    write_task,
 )
+from cache_schema.write import close_features
 
 TOKENS = FeatureSpec(
     encoder="open_clip:tiny",
@@ -82,7 +84,7 @@ def producer(
 
 
 def single(modality: str = "tokens", **options: object) -> Callable[[Segment], SegmentResult[np.ndarray]]:
-    """The same for ``write_task``: bare arrays."""
+    """The same for ``write_single``: bare arrays."""
     together = producer([modality], **options)
 
     def produce(segment: Segment) -> SegmentResult[np.ndarray]:
@@ -90,6 +92,26 @@ def single(modality: str = "tokens", **options: object) -> Callable[[Segment], S
         return SegmentResult((batch[modality] for batch in result.features), result.facts)
 
     return produce
+
+
+def write_single(
+    store: FeatureStore, task: Task, produce: Callable[[Segment], SegmentResult[np.ndarray]]
+) -> TaskReport:
+    """``write_task`` of one modality whose producer gives bare arrays."""
+
+    def named(segment: Segment) -> SegmentResult[Mapping[str, np.ndarray]]:
+        result = produce(segment)
+
+        def batches() -> Iterator[dict[str, np.ndarray]]:
+            try:
+                for batch in result.features:
+                    yield {store.modality: batch}
+            finally:
+                close_features(result.features)
+
+        return SegmentResult(batches(), result.facts)
+
+    return write_task({store.modality: store}, task, named)[store.modality]
 
 
 WANTED = {
@@ -120,10 +142,7 @@ def extract(
     first.extend_plan(wanted)
     tasks = {task.shards: task for store in stores.values() for task in store.pending(retry_failed=retry_failed)}
     for _, task in sorted(tasks.items()):
-        claim = claims.take(stores[min(stores)].layout.info.folder, task.shards[0])
-        assert claim is not None
-        with claim:
-            write_tasks_together(stores, task, producer(modalities, **options))
+        write_task(stores, task, producer(modalities, **options))
     first.finalize()
     return stores
 

@@ -39,7 +39,7 @@ def readable(path):
         except CacheError as error:
             assert "no cache" in str(error) or "holds no" in str(error)  # noqa: PT017
             continue
-        assert {problem.kind for problem in verify.full(store)} <= {"missing"}
+        assert {problem.kind for problem in verify.full(store)} <= {"missing", "videos_index"}
         for video, status in store.status().items():
             if status.ok:
                 index = list(WANTED[video])
@@ -68,7 +68,7 @@ def test_the_file_layer_sees_every_kind_of_call(tmp_path):
     real = layer.call
     layer.call = lambda name, *args, **kwargs: (seen.add(name), real(name, *args, **kwargs))[1]
     run(tmp_path / "cache.zarr", layer)
-    assert seen >= {"open", "pwrite", "pread", "fsync", "ftruncate", "link", "unlink", "rename", "replace", "mkdir"}
+    assert seen >= {"open", "pwrite", "pread", "fsync", "ftruncate", "link", "unlink", "replace", "mkdir"}
 
 
 def test_04_05_calls_fail_all_over_a_run_and_the_resumed_store_is_byte_equal(ram, whole):

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_schema import files
-from cache_schema.plan import Plan, Segment, generation_document
+from cache_schema.plan import Plan, Segment
 from cache_schema.plan_columns import pack
 from tests.cache_schema.makers import create
 
@@ -30,13 +29,10 @@ print(json.dumps({**spent, "peak": memory("VmHWM") - before, "row": row, "shards
 
 
 @pytest.mark.slow
-def test_51_a_store_of_a_million_videos_opens_in_less_than_two_seconds_and_bounded_memory(tmp_path):
+def test_51_a_store_of_a_million_videos_opens_in_less_than_a_second_and_bounded_memory(tmp_path):
     create(tmp_path, shard_frames=PER_SHARD * 4)
     segments = tuple(Segment(f"v{number:07}", (0, 1, 2, 3), number * 4) for number in range(COUNT))
-    before, plan = Plan.empty(PER_SHARD * 4), Plan(PER_SHARD * 4, segments)
-    document = files.canonical_json({"format_version": 1, **generation_document(before, plan)})
-    (tmp_path / "plan/000000.json").write_bytes(document)
-    (tmp_path / "plan/000000.columns").write_bytes(pack(before, segments, document))
+    (tmp_path / "plan/000000.npz").write_bytes(pack(Plan.empty(PER_SHARD * 4), segments))
     done = subprocess.run(
         [sys.executable, "-c", OPEN, str(tmp_path)],
         capture_output=True,
@@ -49,6 +45,6 @@ def test_51_a_store_of_a_million_videos_opens_in_less_than_two_seconds_and_bound
     found = json.loads(done.stdout)
     print(found)
     assert (found["row"], found["shards"]) == (777_777 * 4 + 3, COUNT // PER_SHARD)
-    assert found["processor"] < 2  # what the clock says depends on the other work on the machine
+    assert found["processor"] < 1  # what the clock says depends on the other work on the machine
     assert found["kept"] < 200 << 20
-    assert found["peak"] < 400 << 20
+    assert found["peak"] < 300 << 20

@@ -32,14 +32,12 @@ from cache_schema import (
     metadata,
     objects,
     orphans,
-    planfile,
     verify,
 )
 from cache_schema.connections import StoreUnavailable
 from cache_schema.objects import locate
-from cache_schema.plan import Segments
 from cache_schema.repair import repair_shard
-from tests.cache_schema.makers import SPECS, WANTED, create, extract, features, single, tree
+from tests.cache_schema.makers import SPECS, WANTED, create, extract, features, single, tree, write_single
 from tests.object_servers import SECRET, FaultProxy, first, use, use_for
 
 FAILING = {"bad": {"dog": 1}}
@@ -184,7 +182,7 @@ def test_of_two_retries_the_one_that_looked_at_an_old_version_changes_nothing(s3
             done.append(extract(locate(s3), retry_failed=True))
 
     done = []
-    report = store.write_task(task, single(on_batch=while_another_retries))
+    report = write_single(store, task, single(on_batch=while_another_retries))
     assert done
     assert report.skipped
     assert verify.full(store) == []
@@ -202,9 +200,9 @@ def test_of_two_writers_of_a_shard_the_first_wins_and_the_other_says_so(bucket):
     def other_writer(_):
         if not reports:
             reports.append(None)
-            reports[0] = FeatureStore.open(bucket, "tokens").write_task(task, single())
+            reports[0] = write_single(FeatureStore.open(bucket, "tokens"), task, single())
 
-    second = store.write_task(task, single(on_batch=other_writer))
+    second = write_single(store, task, single(on_batch=other_writer))
     assert (reports[0].skipped, second.skipped) == (False, True)
 
 
@@ -215,10 +213,10 @@ def test_a_commit_whose_answer_is_lost_counts_once_and_as_ours(bucket, server, m
     store = create(locate(bucket))
     store.extend_plan(WANTED)
     in_parts = bucket.startswith("s3") and single_put == 1000  # Azure takes any size at once
-    method, part = ("POST", "/tokens/c/0/0/0?uploadId") if in_parts else ("PUT", "/tokens/c/0/0/0")
+    method, part = ("POST", "/tokens/c.0.0.0?uploadId") if in_parts else ("PUT", "/tokens/c.0.0.0")
     with FaultProxy(server.port, first(1, fault, method, part)) as proxy:
         use_for(bucket, monkeypatch, proxy.port)
-        report = store.write_task(store.pending()[0], single())
+        report = write_single(store, store.pending()[0], single())
     assert not report.skipped
     assert report.frames == 7
     assert fault in [what for asked, path, what in proxy.seen if asked == method and part in path]
@@ -292,8 +290,8 @@ def test_a_writer_that_dies_between_upload_and_commit_leaves_nothing_that_stays(
 
 def test_a_plan_file_that_is_missing_below_another_is_noticed(s3, tokens):
     tokens.extend_plan({"fox": [1]})
-    (locate(s3) / "plan/000000.json").delete()
-    with pytest.raises(CacheCorrupt, match=f"{s3}/plan/000000.json is missing, but 000001.json exists"):
+    (locate(s3) / "plan/000000.npz").delete()
+    with pytest.raises(CacheCorrupt, match=f"{s3}/plan/000000.npz is missing, but 000001.npz exists"):
         FeatureStore.open(s3, "tokens")
 
 
@@ -323,15 +321,15 @@ def test_neighbouring_frames_come_in_one_request_and_far_ones_at_the_same_time(s
 @pytest.mark.usefixtures("store")
 def test_a_passing_fault_is_survived_and_a_lasting_one_ends_after_so_many_tries(bucket, server, monkeypatch):
     for fault in (500, 503, "reset", "half a body"):
-        with FaultProxy(server.port, first(2, fault, "GET", "/c/0/")) as proxy:
+        with FaultProxy(server.port, first(2, fault, "GET", "/c.0.")) as proxy:
             use_for(bucket, monkeypatch, proxy.port)
             store = FeatureStore.open(bucket, "tokens")
             assert (store.read("ant", [0, 9]) == features("tokens", "ant", [0, 9])).all()
             assert [what for _, _, what in proxy.seen].count(fault) == 2
-    with FaultProxy(server.port, first(10**6, 503, "GET", "/c/0/")) as proxy:
+    with FaultProxy(server.port, first(10**6, 503, "GET", "/c.0.")) as proxy:
         use_for(bucket, monkeypatch, proxy.port)
         store = FeatureStore.open(bucket, "tokens")
-        with pytest.raises(StoreUnavailable, match=f"{bucket}/tokens/c/0/0/0: reading it: .*503 SlowDown") as caught:
+        with pytest.raises(StoreUnavailable, match=f"{bucket}/tokens/c.0.0.0: reading it: .*503 SlowDown") as caught:
             store.read("ant", [0, 9])
         assert caught.value.status == 503
         assert [what for _, _, what in proxy.seen].count(503) == 5  # one request and four retries
@@ -341,7 +339,7 @@ def test_a_passing_fault_is_survived_and_a_lasting_one_ends_after_so_many_tries(
 
 def test_a_store_that_goes_silent_is_asked_again(moto, monkeypatch, tokens):
     monkeypatch.setitem(connections.TIMEOUTS, "read_timeout", timedelta(seconds=2))
-    with FaultProxy(moto.port, first(1, "stall", "GET", "/c/0/")) as proxy:
+    with FaultProxy(moto.port, first(1, "stall", "GET", "/c.0.")) as proxy:
         use(monkeypatch, proxy.port)
         began = time.monotonic()
         assert (tokens.read("elk", [0]) == features("tokens", "elk", [0])).all()
@@ -441,8 +439,8 @@ def made_again(segment):
 def test_repair_of_an_object_store_gives_the_bytes_that_were_there(bucket, store):
     sound = bytes_of(bucket)
     flipped, cut = (store.layout.info.shard_file(number) for number in (0, 3))
-    flipped.write(bytes([sound["tokens/c/0/0/0"][0] ^ 1]) + sound["tokens/c/0/0/0"][1:])
-    cut.write(sound["tokens/c/3/0/0"][:50])
+    flipped.write(bytes([sound["tokens/c.0.0.0"][0] ^ 1]) + sound["tokens/c.0.0.0"][1:])
+    cut.write(sound["tokens/c.3.0.0"][:50])
     store.layout.info.shard_file(5).delete()
     reader = FeatureStore.open(locate(bucket), "tokens")
     damaged = verify.damaged_shards(verify.full(reader))
@@ -468,12 +466,3 @@ def test_gc_of_an_object_store_removes_what_dead_writers_left_and_nothing_else(b
     orphans.remove(found["notes.txt"])
     assert bytes_of(bucket) == sound
     assert store.read("ant", [0]).shape == (1, 5, 7)
-
-
-def test_the_columns_of_a_large_plan_lie_in_the_object_store_too(s3, monkeypatch):
-    monkeypatch.setattr(planfile, "LARGE", 1)
-    extract(locate(s3))
-    plan = FeatureStore.open(locate(s3), "tokens").plan
-    assert "plan/000000.columns" in bytes_of(s3)
-    assert isinstance(plan.segments, Segments)
-    assert plan.videos == tuple(WANTED)

@@ -14,7 +14,7 @@ from cache_schema import FeatureStore, connections, objects
 from cache_schema.connections import StoreUnavailable
 from cache_schema.objects import locate
 from cache_schema.probe import probe
-from tests.cache_schema.makers import WANTED, create, extract, single
+from tests.cache_schema.makers import WANTED, create, extract, single, write_single
 from tests.object_servers import (
     ACCOUNT,
     ACCOUNT_KEY,
@@ -54,9 +54,9 @@ def test_a_shard_of_any_size_goes_up_in_one_request_and_is_not_copied(az, azurit
     store.extend_plan(WANTED)
     with FaultProxy(azurite.port) as proxy:
         use_azure(monkeypatch, proxy.port)
-        store.write_task(store.pending()[0], single())
+        write_single(store, store.pending()[0], single())
     written = [path for method, path, _ in proxy.seen if method in ("PUT", "POST")]
-    assert [path.partition("/tokens/c/")[2] for path in written] == ["0/0/0"]
+    assert [path.partition("/tokens/c.")[2] for path in written] == ["0.0.0"]
 
 
 @pytest.mark.parametrize("large", [False, True])

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_schema import Plan, Segment
-from cache_schema.plan import apply_generation, from_runs, generation_document, to_runs
+from cache_schema import Plan
+from cache_schema.plan import from_runs, to_runs
+from cache_schema.plan_columns import pack, unpack
 
 frames = st.lists(st.integers(0, 60), max_size=30)
 videos = st.dictionaries(st.text("abcdé/.", min_size=1, max_size=3), frames, max_size=8)
@@ -70,7 +71,7 @@ def test_generation_files_rebuild_the_plan(size, first, second):
     rebuilt = Plan.empty(size)
     for old, new in ((Plan.empty(size), before), (before, after)):
         if new is not old and len(new.segments) > len(old.segments):
-            rebuilt = apply_generation(rebuilt, generation_document(old, new))
+            rebuilt = rebuilt.grown_by(unpack(pack(old, new.segments[len(old.segments) :]), rebuilt))
     assert rebuilt == after
 
 
@@ -118,61 +119,3 @@ def test_an_id_is_data_and_may_be_any_text(video):
 def test_an_impossible_frame_index_is_refused_with_the_video_named(index):
     with pytest.raises(ValueError, match="'a'"):
         Plan.empty(8).extended({"a": index})
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"shard_frames": 5},
-        {"first_shard": 1},
-        {"segments": []},
-        {"segments": "none"},
-        {"segments": [{"video": "a", "start": 0}]},
-        {"segments": [{"video": 7, "start": 0, "frames": [[0, 1, 1]]}]},
-        {"segments": [{"video": "a", "start": 0, "frames": []}]},
-        {"segments": [{"video": "a", "start": -4, "frames": [[0, 1, 2]]}]},
-        {"segments": [{"video": "a", "start": 3, "frames": [[0, 1, 2]]}]},  # crosses shards of 4
-        {"segments": [{"video": "a", "start": 2, "frames": [[0, 1, 9]]}]},  # a run that starts inside a shard
-        {
-            "segments": [
-                {"video": "a", "start": 0, "frames": [[0, 1, 2]]},
-                {"video": "b", "start": 1, "frames": [[0, 1, 1]]},
-            ]
-        },
-        {
-            "segments": [
-                {"video": "a", "start": 0, "frames": [[0, 1, 2]]},
-                {"video": "a", "start": 4, "frames": [[1, 1, 1]]},
-            ]
-        },
-        {
-            "segments": [
-                {"video": "a", "start": 0, "frames": [[0, 1, 5]]},
-                {"video": "b", "start": 5, "frames": [[0, 1, 1]]},
-            ]
-        },
-    ],
-)
-def test_a_damaged_generation_is_refused(damage):
-    sound = {"shard_frames": 4, "first_shard": 0, "segments": [{"video": "a", "start": 0, "frames": [[0, 1, 2]]}]}
-    assert apply_generation(Plan.empty(4), sound).segments == (Segment("a", (0, 1), 0),)
-    with pytest.raises(ValueError):  # noqa: PT011  the message differs by damage
-        apply_generation(Plan.empty(4), {**sound, **damage})
-
-
-@pytest.mark.parametrize(
-    "runs",
-    [
-        None,
-        [[0, 1]],
-        [[0, 0, 2]],
-        [[0, 1, 0]],
-        [[0, 1, 1 << 40]],
-        [[5, 1, 1], [5, 1, 1]],
-        [[0, 1 << 30, 9]],
-        [[True, 1, 1]],
-    ],
-)
-def test_damaged_runs_are_refused_before_memory_is_taken(runs):
-    with pytest.raises(ValueError, match="run"):
-        from_runs(runs)

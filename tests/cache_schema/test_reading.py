@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 import numpy as np
 import pytest
 
 from cache_schema import CacheCorrupt, FeatureStore, SegmentResult, reading
 from cache_schema.errors import CacheMissing
-from tests.cache_schema.makers import LARGE
+from tests.cache_schema.makers import LARGE, write_single
 
 FRAMES = 760  # 53 MB: enough for the probe to measure each way twice
 WAYS = ("auto", "mmap", "pread", "direct")
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
         store = FeatureStore.create(path / name, "tokens", LARGE)
         store.extend_plan({"v": range(count)})
         [task] = store.pending()
-        store.write_task(task, lambda segment: SegmentResult(iter([numbers(segment.frame_index)])))
+        write_single(store, task, lambda segment: SegmentResult(iter([numbers(segment.frame_index)])))
     return path
 
 
@@ -146,7 +147,7 @@ def no_direct(monkeypatch):
 @pytest.mark.usefixtures("no_direct")
 def test_direct_is_refused_by_name_where_the_file_system_has_none_and_auto_goes_on(folder):
     store = FeatureStore.open(folder / "large", "tokens", io="direct")
-    with pytest.raises(ValueError, match=r"tokens/c/0/0/0.*no direct I/O.*--set data.io=auto"):
+    with pytest.raises(ValueError, match=r"tokens/c.0.0.0.*no direct I/O.*--set data.io=auto"):
         store.read("v", [1, 2])
     auto = FeatureStore.open(folder / "large", "tokens")
     if drop(auto):
@@ -160,7 +161,7 @@ def test_a_file_system_in_memory_is_read_by_every_way_or_refused_by_name(ram, io
     FeatureStore.create(ram, "tokens", LARGE).extend_plan({"v": range(9)})
     store = FeatureStore.open(ram, "tokens", io=io)
     for task in store.pending():
-        store.write_task(task, lambda segment: SegmentResult(iter([numbers(segment.frame_index)])))
+        write_single(store, task, lambda segment: SegmentResult(iter([numbers(segment.frame_index)])))
     try:
         got = store.read("v", [8, 0, 1])
     except ValueError as error:
@@ -171,14 +172,47 @@ def test_a_file_system_in_memory_is_read_by_every_way_or_refused_by_name(ram, io
 
 
 @pytest.mark.parametrize("io", ["pread", "direct"])
-def test_a_file_that_ends_inside_a_frame_is_named(folder, io, monkeypatch):
+def test_a_file_that_ends_inside_a_frame_is_named(folder, io, tmp_path, monkeypatch):
     """What a network file system can do between our look at the file and the read."""
-    store = FeatureStore.open(folder / "large", "tokens", io=io)
+    shutil.copytree(folder / "large", tmp_path / "cut")
+    store = FeatureStore.open(tmp_path / "cut", "tokens", io=io)
     store.read("v", [0])
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, targets, *rest: max(0, real(fd, targets, *rest) - 1))
-    with pytest.raises(CacheCorrupt, match=r"tokens/c/0/0/0.*truncated"):
+    os.truncate(store.layout.info.shard_file(0), 6 * store.layout.stride + 5)
+    monkeypatch.setattr(reading.OpenShard, "is_current", lambda _: True)
+    with pytest.raises(CacheCorrupt, match=r"tokens/c.0.0.0.*truncated"):
         store.read("v", [5, 6])
+
+
+@pytest.mark.parametrize(("io", "unit"), [("pread", 1), ("pread", 5000), ("direct", 4096)])
+def test_a_read_that_the_system_cuts_short_is_resumed(folder, io, unit, monkeypatch):
+    """Was called "truncated", with the command that removes the file."""
+    store = FeatureStore.open(folder / "large", "tokens", io=io)
+    real, short = os.preadv, []
+
+    def preadv(descriptor, targets, offset, *flags):
+        count = real(descriptor, targets, offset, *flags)
+        if count <= unit or flags:
+            return count
+        short.append(count)
+        return max(unit, count // 2 // unit * unit)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    np.testing.assert_array_equal(store.read("v", [5, 6, 9]), numbers([5, 6, 9]))
+    assert short
+
+
+def test_on_a_network_file_system_auto_reads_no_map(folder, tmp_path, monkeypatch):
+    device = os.stat(folder).st_dev
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"36 35 {os.major(device)}:{os.minor(device)} / /data rw shared:1 - nfs4 server:/data rw\n")
+    monkeypatch.setattr(reading, "MOUNTS", mounts)
+    reading.is_remote.cache_clear()
+    monkeypatch.setattr(reading.OpenShard, "_map", lambda _self, size: b"\xff" * size)
+    store = FeatureStore.open(folder / "large", "tokens")
+    for _ in range(2):  # the second time the frame is known to be in memory
+        np.testing.assert_array_equal(store.read("v", [3], out=store.buffer(1)), numbers([3]))
+        np.testing.assert_array_equal(store.read("v", [3, 5]), numbers([3, 5]))
+    reading.is_remote.cache_clear()
 
 
 def test_an_unknown_way_and_frames_that_are_not_there_are_refused(folder):

@@ -12,7 +12,7 @@ import pytest
 from cache_schema import FeatureStore, SegmentFailed, SegmentResult, verify
 from cache_schema.repair import repair_shard
 from cache_schema.report import SourceFile
-from tests.cache_schema.makers import SPECS, WANTED, extract, features, flip_bit, producer, tree
+from tests.cache_schema.makers import SPECS, WANTED, extract, features, flip_bit, producer, tree, write_single
 from tests.cache_schema.test_faults import (
     STRIDE,
     cut_a_page_out,
@@ -260,7 +260,7 @@ def filmed(tmp_path):
     store = extract(tmp_path / "cache.zarr", wanted={})["tokens"]
     store.extend_plan(WANTED)
     for task in store.pending():
-        store.write_task(task, lambda s: SegmentResult((b["tokens"] for b in produce(s).features), produce(s).facts))
+        write_single(store, task, lambda s: SegmentResult((b["tokens"] for b in produce(s).features), produce(s).facts))
     return store, folder, look
 
 

@@ -21,7 +21,7 @@ from cache_schema import (
     Plan,
     SegmentFailed,
     SegmentResult,
-    write_tasks_together,
+    write_task,
 )
 from cache_schema.shard import read_records
 from tests.cache_schema.makers import (
@@ -35,6 +35,7 @@ from tests.cache_schema.makers import (
     producer,
     single,
     tree,
+    write_single,
 )
 
 
@@ -109,7 +110,7 @@ def test_frames_that_are_planned_and_not_extracted_are_missing_in_that_modality_
     tokens.extend_plan({"ant": [0, 1]})
     assert pooled.plan == tokens.plan
     for task in tokens.pending():
-        tokens.write_task(task, single())
+        write_single(tokens, task, single())
     assert tokens.missing({"ant": [0, 1]}) == {}
     assert pooled.missing({"ant": [0, 1]})["ant"].not_committed == (0, 1)
     assert (len(tokens.pending()), len(pooled.pending())) == (0, 1)
@@ -153,7 +154,7 @@ def test_writing_a_committed_task_does_nothing(tmp_path):
     def never(_):
         raise AssertionError("a committed video was produced again")
 
-    assert all(store.write_task(task, never).skipped for task in store.plan.tasks())
+    assert all(write_single(store, task, never).skipped for task in store.plan.tasks())
     assert tree(tmp_path / "a") == before
 
 
@@ -167,8 +168,8 @@ def test_together_writes_the_bytes_that_each_modality_alone_would_write(tmp_path
 def test_together_leaves_a_modality_alone_that_is_committed_already(tmp_path):
     stores = {name: create(tmp_path, name) for name in ("tokens", "pooled/layer8")}
     task = stores["tokens"].extend_plan({"ant": [0, 1]}).tasks()[0]
-    stores["tokens"].write_task(task, single())
-    reports = write_tasks_together(stores, task, producer(list(stores)))
+    write_single(stores["tokens"], task, single())
+    reports = write_task(stores, task, producer(list(stores)))
     assert {name: report.skipped for name, report in reports.items()} == {"tokens": True, "pooled/layer8": False}
 
 
@@ -180,12 +181,16 @@ def test_the_batch_size_does_not_change_a_byte(tmp_path_factory, filled, batch_s
     assert tree(path) == tree(filled)
 
 
+def shards_of(folder):
+    return {name: data for name, data in tree(folder).items() if name.startswith("c.")}
+
+
 def test_videos_added_later_get_new_shards_and_no_committed_file_changes(tmp_path):
     store = extract(tmp_path / "a")["tokens"]
-    shards = tree(tmp_path / "a/tokens/c")
+    shards = shards_of(tmp_path / "a/tokens")
     rows = {video: store.plan.rows(video, list(index)).tolist() for video, index in WANTED.items()}
     extract(tmp_path / "a", wanted={**WANTED, "aardvark": [0, 1], "ant": [0, 1]})
-    grown = tree(tmp_path / "a/tokens/c")
+    grown = shards_of(tmp_path / "a/tokens")
     assert len(grown) > len(shards)
     assert {name: grown[name] for name in shards} == shards
     assert {video: store.plan.rows(video, list(index)).tolist() for video, index in WANTED.items()} == rows
@@ -259,23 +264,6 @@ def test_the_facts_of_all_videos_take_one_look_at_each_footer(filled, monkeypatc
     assert len(read) == len(set(read)) < len(store.plan.segments)
 
 
-def test_statistics_over_all_shards_equal_those_of_all_frames_at_once(filled):
-    store = FeatureStore.open(filled, "pooled/layer8")
-    everything = [features("pooled/layer8", video, list(index)) for video, index in WANTED.items() if video != "dog"]
-    x = np.concatenate(everything).astype(np.float64)
-    stats = store.stats()
-    assert stats.count == len(x) == 34
-    np.testing.assert_allclose(stats.mean, x.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(stats.variance, x.var(0), rtol=1e-12)
-
-
-def test_large_frames_have_no_statistics_and_an_empty_store_has_none_yet(filled, tmp_path):
-    with pytest.raises(ValueError, match="66306 bytes"):
-        FeatureStore.open(filled, "tokens_large").stats()
-    with pytest.raises(CacheMissing, match="no frame yet"):
-        create(tmp_path).stats()
-
-
 # --- who may open it
 
 
@@ -347,7 +335,7 @@ def test_wrong_dtype_shape_or_count_is_an_error_and_publishes_nothing(tmp_path, 
     store, task = task_of(tmp_path)
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=message):
-        store.write_task(task, lambda _: SegmentResult(iter(batches)))
+        write_single(store, task, lambda _: SegmentResult(iter(batches)))
     assert tree(tmp_path) == before
 
 
@@ -369,7 +357,7 @@ def test_a_non_finite_feature_fails_the_video_by_frame(tmp_path, value, reason, 
         array[3, 4, 6] = value
         return SegmentResult(iter([array[:2], array[2:]]))
 
-    report = store.write_task(task, produce)
+    report = write_single(store, task, produce)
     assert list(report.failed) == ["ant"]
     status = store.status()["ant"]
     assert (status.ok, status.kind) == (False, "non_finite")
@@ -397,9 +385,9 @@ def test_a_producer_is_closed_when_it_was_read_to_the_end_and_when_it_was_not(tm
     batch = np.full((1, 5, 7), value, np.float16)
     alone, together = Decoder([batch] * 5), Decoder([{"tokens": batch}] * 5)
     store, task = task_of(tmp_path / "a")
-    store.write_task(task, lambda _: SegmentResult(alone))
+    write_single(store, task, lambda _: SegmentResult(alone))
     store, task = task_of(tmp_path / "b")
-    write_tasks_together({"tokens": store}, task, lambda _: SegmentResult(together))
+    write_task({"tokens": store}, task, lambda _: SegmentResult(together))
     assert alone.closed == together.closed == 1
     assert len(list(alone.batches)) == (0 if value == 0 else 4)
 
@@ -412,7 +400,7 @@ def test_the_largest_finite_numbers_are_accepted(tmp_path, modality):
         np.array([info.max, info.min, -0.0, info.tiny], store.spec.dtype), (1, *store.spec.frame_shape)
     )
     task = store.extend_plan({"ant": [0]}).tasks()[0]
-    store.write_task(task, lambda _: SegmentResult(iter([extremes])))
+    write_single(store, task, lambda _: SegmentResult(iter([extremes])))
     np.testing.assert_array_equal(store.read("ant", [0], verify=True), extremes)
 
 
@@ -427,7 +415,7 @@ def test_a_non_finite_feature_fails_only_the_modality_it_is_in(tmp_path, modalit
         batch[modality][1] = value
         return SegmentResult(iter([batch]))
 
-    write_tasks_together(stores, task, produce)
+    write_task(stores, task, produce)
     assert [name for name, store in stores.items() if not store.status()["ant"].ok] == [modality]
 
 
@@ -445,7 +433,7 @@ def test_a_failure_when_a_producer_starts_is_the_same_as_one_in_its_iterator(tmp
     def produce(_):
         raise SegmentFailed("not_a_video", "no demuxer knows it")
 
-    assert store.write_task(task, produce).failed["ant"].kind == "not_a_video"
+    assert write_single(store, task, produce).failed["ant"].kind == "not_a_video"
 
 
 def test_any_other_error_of_a_producer_ends_the_task_and_closes_its_iterator(tmp_path):
@@ -460,7 +448,7 @@ def test_any_other_error_of_a_producer_ends_the_task_and_closes_its_iterator(tmp
             closed.append(True)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        store.write_task(task, lambda _: SegmentResult(batches()))
+        write_single(store, task, lambda _: SegmentResult(batches()))
     assert tree(tmp_path) == before
     assert closed == [True]
 
@@ -469,8 +457,10 @@ def test_facts_that_are_not_json_are_an_error_and_publish_nothing(tmp_path):
     store, task = task_of(tmp_path)
     for facts in ({"pts": float("nan")}, {"when": object()}):
         with pytest.raises(ValueError, match="JSON"):
-            store.write_task(
-                task, lambda s, f=facts: SegmentResult(iter([features("tokens", "ant", s.frame_index)]), lambda: f)
+            write_single(
+                store,
+                task,
+                lambda s, f=facts: SegmentResult(iter([features("tokens", "ant", s.frame_index)]), lambda: f),
             )
     assert store.pending() == [task]
 
@@ -479,7 +469,7 @@ def test_a_task_of_another_plan_is_refused(tmp_path):
     store, _ = task_of(tmp_path)
     foreign = Plan.empty(8).extended({"bee": [0]}).tasks()[0]
     with pytest.raises(ValueError, match="is not in the plan"):
-        store.write_task(foreign, single())
+        write_single(store, foreign, single())
 
 
 def test_a_very_long_reason_is_shortened(tmp_path):
@@ -488,5 +478,5 @@ def test_a_very_long_reason_is_shortened(tmp_path):
     def produce(_):
         raise SegmentFailed("odd", "x" * 10_000)
 
-    store.write_task(task, produce)
+    write_single(store, task, produce)
     assert len(store.status()["ant"].reason) == 2000

@@ -9,6 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from stages.types import FrameSource, SourceFacts
+
 BITS, ROWS, CELL = 12, 2, 16
 WIDTH, HEIGHT = CELL * BITS // ROWS, CELL * ROWS + 16  # 96 × 48; the lower third is plain grey
 MILLISECONDS, H264_CLOCK = Fraction(1, 1000), Fraction(1, 90_000)
@@ -67,6 +69,14 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def facts_of(source: FrameSource, video_id: str, index: object) -> SourceFacts:
+    """The facts that come with these frames."""
+    reading = source.frames(video_id, np.asarray(index, dtype=np.int64), batch_size=8)
+    for _ in reading:
+        pass
+    return reading.facts
 
 
 def on_screen(pts: Sequence[int], time_base: Fraction, index: int, fps: float) -> int:

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages.config import DataConfig
-from stages.data import annotations as annotations_module
-from stages.data.annotations import AnnotationError
+from stages.data import annotation_files
+from stages.data.annotation_files import AnnotationError
 from stages.data.clips import ClipsDataset
 from stages.data.ids import safe_id
 from stages.data.lvu import LvuDataset
@@ -45,7 +45,8 @@ def problems(make: Any, tmp_path: Path, content: str | bytes) -> list[str]:
     [
         ('{"a": %s,\n "b": {"subset" "x"}}', "train.json:2 is not JSON: Expecting ':' delimiter (column 17)"),
         ("", "train.json:1 is not JSON: Expecting value (column 1)"),
-        ("[%s]", "train.json must hold one JSON object with an entry per key, not a list"),
+        ("[%s]", "train.json:#1:video Field required"),
+        ("7", "train.json must hold entries, in an object or a list, not a int"),
         ("{}", "train.json holds no entries"),
         ('{"a": %s, "a": %s}', "train.json:a appears more than once"),
         ('{"a": %s, "b": 7}', "train.json:b must be an object with fields, not 7"),
@@ -81,13 +82,15 @@ def test_a_broken_lvu_file_is_named_by_file_key_and_field(tmp_path: Path, conten
     [
         ({"answer": ""}, "0:answer String should have at least 1 character; got ''"),
         ({"answer": " \t"}, "0:answer String should have at least 1 character"),
-        ({"answer": 3}, "0:answer Input should be a valid string; got 3"),
+        ({"answer": 3.5}, "0:answer Input should be a valid string; got 3.5"),
+        ({"answer": True}, "0:answer Input should be a valid string; got True"),
         ({"answer": None}, "0:answer Input should be a valid string; got None"),
         ({"question": "x" * 3000}, "0:question String should have at most 2000 characters"),
         ({"question": ["a"]}, "0:question Input should be a valid string"),
         ({"video": "/etc/passwd"}, "0 video id /etc/passwd is an absolute path"),
         ({"video": "x" * 300}, "is too long"),
-        ({"video": 7}, "0:video Input should be a valid string"),
+        ({"video": 7.5}, "0:video Input should be a valid string"),
+        ({"video": None}, "0:video Input should be a valid string"),
         ({"frame_length": float("nan")}, "0:frame_length Input should be a valid integer; got nan"),
         ({"question_id": "1"}, "0 question_id '1' differs from its key"),
     ],
@@ -119,7 +122,9 @@ def test_all_problems_of_all_files_come_at_once(tmp_path: Path) -> None:
 
 
 def test_a_long_list_of_problems_is_cut_in_the_message_and_kept_in_the_error(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match=r"(?s)500 problems in .*\.\.\. and 460 more$") as caught:
+    with pytest.raises(
+        AnnotationError, match=r"(?s)500 problems in .*\.\.\. and 460 more\nCorrect that, then"
+    ) as caught:
         lvu(tmp_path, json.dumps({str(n): 1 for n in range(500)}))
     assert len(caught.value.problems) == 500
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -132,7 +137,7 @@ def test_one_video_with_two_lengths_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_a_file_over_the_size_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(annotations_module, "MAX_FILE_BYTES", 50)
+    monkeypatch.setattr(annotation_files, "MAX_FILE_BYTES", 50)
     (found,) = problems(lvu, tmp_path, f'{{"a": {GOOD_VIDEO}}}')
     assert found == "train.json has 81 bytes; at most 50 are read"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stages.config import DataConfig
-from stages.data.annotations import AnnotationError
+from stages.data.annotation_files import AnnotationError
 from stages.data.clips import ClipsDataset
 from stages.types import VideoRejected
 
@@ -129,15 +129,17 @@ def test_two_layouts_in_one_folder_are_a_problem(tmp_path: Path) -> None:
 
 
 def test_a_file_in_neither_layout_says_what_entries_need(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match=r"duration [+] num_frames or answer [+] frame_length [+] question"):
+    with pytest.raises(AnnotationError, match=r"its fields are caption(?s:.*)LVU(?s:.*)--set data\.task=NAME$"):
         clips(write(tmp_path / "a.json", {"v": {"caption": "a dog"}}))
 
 
 def test_one_broken_entry_does_not_change_the_layout(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", {"u": {"question": "who?"}, "v": video("test"), "w": video("test")})
+    path = write(
+        tmp_path / "a.json", {"u": {"question": "a?", "subset": "test"}, "v": video("test"), "w": video("test")}
+    )
     with pytest.raises(AnnotationError) as caught:
         clips(path)
-    assert [problem.split(" ")[0] for problem in caught.value.problems] == ["a.json:u:duration", "a.json:u:num_frames"]
+    assert [problem.split(" ")[0] for problem in caught.value.problems] == ["a.json:u:num_frames"]
 
 
 def test_answers_of_several_words_are_compared_as_a_whole(tmp_path: Path) -> None:
@@ -155,15 +157,27 @@ def test_training_frames_of_questions_are_evenly_spaced_unless_several_draws_are
     assert drawn.samples("test")[0].draws.tolist() == [[0, 10, 20, 30, 40]]
 
 
-def test_without_annotations_all_videos_are_wanted_whole_and_there_are_no_samples() -> None:
-    def count_frames(video_id: str) -> int:
-        if video_id == "broken":
-            raise VideoRejected(video_id, "truncated", "the file ends early")
-        return {"v": 3, "w": 5}[video_id]
+class Videos:
+    """A folder of videos, by their grid frames; None where the length is refused."""
 
-    dataset = ClipsDataset(
-        DataConfig(name="clips"), list_videos=lambda: ["v", "w", "broken"], count_frames=count_frames
-    )
+    def __init__(self, **lengths: int | None) -> None:
+        self.lengths = lengths
+
+    def video_ids(self) -> list[str]:
+        return sorted(self.lengths)
+
+    def has(self, video_id: str) -> bool:
+        return video_id in self.lengths
+
+    def count_frames(self, video_id: str) -> int:
+        count = self.lengths.get(video_id)
+        if count is None:
+            raise VideoRejected(video_id, "truncated", "the file ends early")
+        return count
+
+
+def test_without_annotations_all_videos_are_wanted_whole_and_there_are_no_samples() -> None:
+    dataset = ClipsDataset(DataConfig(name="clips"), Videos(v=3, w=5, broken=None))
     assert dataset.splits == ()
     assert {name: frames.tolist() for name, frames in dataset.wanted().items()} == {
         "v": [0, 1, 2],
@@ -175,6 +189,6 @@ def test_without_annotations_all_videos_are_wanted_whole_and_there_are_no_sample
         dataset.samples("train")
 
 
-def test_without_annotations_and_without_a_way_to_count_the_error_names_it() -> None:
-    with pytest.raises(ValueError, match="list_videos, count_frames"):
-        clips("").wanted()
+def test_without_annotations_and_without_videos_the_error_names_the_setting() -> None:
+    with pytest.raises(ValueError, match=r"--set data\.videos="):
+        clips("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 
 from stages.config import DataConfig
 from stages.data.frames import REJECTION_KINDS, FrameFolders, VideoFiles, WebDatasetTars, list_videos, open_source
+from stages.data.sources.picture_batches import DEFAULT_LIMITS
 from stages.types import FrameSource, VideoRejected
-from tests.data.barcode import HEIGHT, WIDTH, number_in, picture, write_video
+from tests.data.barcode import HEIGHT, WIDTH, facts_of, number_in, picture, write_video
 
 
 def jpeg(number: int, size: tuple[int, int] = (WIDTH, HEIGHT), mode: str = "RGB") -> bytes:
@@ -53,7 +55,7 @@ def test_index_i_is_frame_i_plus_one(tmp_path):
     assert [len(batch) for batch in batches] == [5, 5, 2]
     assert batches[0].shape == (5, HEIGHT, WIDTH, 3)
     assert [number_in(rgb) for rgb in np.concatenate(batches)] == list(range(12))
-    assert source.facts("v").pts == tuple(round(number / 10, 6) for number in range(12))
+    assert facts_of(source, "v", range(12)).pts == tuple(round(number / 10, 6) for number in range(12))
     assert source.frame_rule == "10 fps grid on frame%06d.jpg at 10 fps, frame on screen, v1"
     assert source.decoder.startswith("pillow ")
 
@@ -79,7 +81,7 @@ def test_two_frames_past_the_end_are_clamped_and_told_and_more_are_refused(tmp_p
     source = FrameFolders(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert numbers(source, "v", [10, 11, 12, 13]) == [10, 11, 11, 11]
-    assert source.facts("v").clamped == 2
+    assert facts_of(source, "v", [10, 11, 12, 13]).clamped == 2
     assert "2 frames just past its end" in caplog.text
     assert refused(source, "v", [14]).kind == "past_the_end"
 
@@ -92,7 +94,8 @@ def test_a_missing_frame_is_named_only_when_it_is_wanted(tmp_path):
     rejection = refused(source, "v", [4, 5])
     assert (rejection.kind, rejection.reason) == (
         "missing_frame",
-        "frame000006.jpg is not among the 12 frames of this video",
+        "number 6 is missing: there are 11 frames, numbered up to 12. "
+        "To use the frames around it: a new --cache, with --set data.around_damage=true",
     )
 
 
@@ -116,7 +119,7 @@ def test_a_damaged_frame_refuses_the_video(what, tmp_path):
     data, kind, words = DAMAGED[what]
     write_frames(tmp_path / "v", 3)
     (tmp_path / "v" / "frame000002.jpg").write_bytes(data)
-    rejection = refused(FrameFolders(tmp_path, max_pixels=50_000), "v", range(3))
+    rejection = refused(FrameFolders(tmp_path, limits=replace(DEFAULT_LIMITS, max_pixels=50_000)), "v", range(3))
     assert rejection.kind == kind
     assert rejection.reason.startswith("frame000002.jpg ")
     assert words in rejection.reason
@@ -173,20 +176,16 @@ def test_links_that_leave_the_folder_are_refused_unless_allowed(tmp_path):
 
 def test_a_long_sequence_is_refused(tmp_path):
     write_frames(tmp_path / "v", 12)
-    assert refused(FrameFolders(tmp_path, max_duration_s=1), "v").kind == "too_long"
+    assert refused(FrameFolders(tmp_path, limits=replace(DEFAULT_LIMITS, max_duration_s=1.0)), "v").kind == "too_long"
 
 
 def test_facts_change_with_any_frame_of_the_folder(tmp_path):
     write_frames(tmp_path / "v", 3)
     source = FrameFolders(tmp_path)
-    numbers(source, "v", [0])
-    before = source.facts("v")
+    before = facts_of(source, "v", [0])
     assert before.size == sum(path.stat().st_size for path in (tmp_path / "v").iterdir())
     (tmp_path / "v" / "frame000003.jpg").write_bytes(jpeg(9) + b"\0")
-    numbers(source, "v", [0])
-    assert source.facts("v").sha256 != before.sha256
-    with pytest.raises(KeyError):
-        source.facts("w")
+    assert facts_of(source, "v", [0]).sha256 != before.sha256
 
 
 def test_the_config_opens_the_source_it_names(tmp_path):

@@ -7,9 +7,9 @@ import unicodedata
 
 import pytest
 
-from stages.data.frames import VideoFiles, list_videos
+from stages.data.frames import FrameFolders, VideoFiles, list_videos
 from tests.data.barcode import write_video
-from tests.data.test_frames_folders import numbers, refused
+from tests.data.test_frames_folders import numbers, refused, write_frames
 
 CFR = [k * 3600 for k in range(60)]
 
@@ -103,3 +103,62 @@ def test_the_videos_of_a_folder_are_listed_by_name(tmp_path):
     for name in ("b.mp4", "a.MKV", "c.avi.part", "d.txt"):
         (tmp_path / name).touch()
     assert list_videos(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("video_id", ["000001_000050/1.mp4", "000001_000050/1", "a/b/2.mp4", "a/b/2", "3"])
+def test_an_id_may_name_sub_folders(video_id, tmp_path, open_folder):
+    for name in ("000001_000050/1.mp4", "a/b/2.mp4", "3.mp4", "a/.hidden/4.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_video(tmp_path / "new.mp4", CFR).rename(tmp_path / name)
+    source = open_folder()
+    assert source.video_ids() == ["000001_000050/1", "3", "a/b/2"]
+    assert source.has(video_id)
+    assert frames(source, video_id) == [0, 2, 5]
+    assert source.file(video_id).size > 0
+    assert len(source.unasked([video_id])) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "near"),
+    [("1", "d/1"), ("e/1.mp4", "d/1"), ("d/1.avi", "d/1"), ("D/1", "d/1"), ("d/holiday_2010", "d/holiday_2019")],
+)
+def test_a_missing_id_says_what_was_looked_for_and_what_is_close(asked, near, tmp_path, open_folder):
+    (tmp_path / "d").mkdir()
+    for name in ("1", "holiday_2019"):
+        write_video(tmp_path / "d" / f"{name}.mp4", CFR[:3])
+    rejection = refused(open_folder(), asked)
+    assert rejection.kind == "missing_file"
+    assert rejection.reason.startswith(f"no file, with or without a video's extension, in {tmp_path} has this name")
+    assert f"; close to it: {near!r}" in rejection.reason
+
+
+def test_no_part_of_an_id_leads_out_of_the_folder_by_a_link(tmp_path, open_folder):
+    for folder in ("videos/in", "elsewhere/sub"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_video(tmp_path / folder / "v.mp4", CFR)
+    (tmp_path / "videos" / "out").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "videos" / "inner").symlink_to("in")
+    (tmp_path / "videos" / "in" / "ring").symlink_to("..")
+    source = open_folder(tmp_path / "videos")
+    assert refused(source, "out/sub/v").kind == "outside_root"
+    assert refused(source, "out/../in/v").kind == "bad_id"
+    assert frames(source, "inner/v") == [0, 2, 5]
+    assert source.video_ids() == ["in/v"]
+    followed = open_folder(tmp_path / "videos", follow_symlinks=True)
+    assert frames(followed, "out/sub/v") == [0, 2, 5]
+    assert {"in/v", "out/sub/v"} <= set(followed.video_ids())
+
+
+def test_a_name_with_a_line_break_is_left_out_and_said(tmp_path, open_folder, caplog):
+    write_video(tmp_path / "v.mp4", CFR[:3]).rename(tmp_path / "a\nb.mp4")
+    assert open_folder().video_ids() == []
+    assert "'a\\nb' in" in caplog.text
+
+
+def test_frame_folders_may_lie_in_sub_folders(tmp_path):
+    for name in ("a/b/v", "w"):
+        write_frames(tmp_path / name, 3)
+    source = FrameFolders(tmp_path)
+    assert source.video_ids() == ["a/b/v", "w"]
+    assert frames(source, "a/b/v") == [0, 1, 2]
+    assert refused(source, "v").reason == f"no folder in {tmp_path} has this name; close to it: 'a/b/v'"

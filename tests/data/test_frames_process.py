@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import pytest
 from stages.data.frames import VideoFiles
 from stages.data.sources import video_process
 from stages.data.sources.frame_grid import Rejected
-from stages.data.sources.video_process import DecoderProcess, VideoDecoder, VideoLimits, VideoPart
+from stages.data.sources.limits import Limits
+from stages.data.sources.picture_batches import DEFAULT_LIMITS
+from stages.data.sources.video_process import DecoderProcess, VideoDecoder, VideoPart
 from stages.types import VideoRejected
 from tests.data.barcode import MILLISECONDS, number_in, write_video
 
@@ -32,7 +35,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads
 def videos(tmp_path: Path) -> Iterator[VideoFiles]:
     for name in "ab":
         write_video(tmp_path / f"{name}.mp4", CFR)
-    source = VideoFiles(tmp_path, fps=10, timeout_s=30)
+    source = VideoFiles(tmp_path, fps=10, limits=replace(DEFAULT_LIMITS, timeout_s=30.0))
     yield source
     source.close()
 
@@ -79,7 +82,7 @@ def test_a_rejected_video_does_not_cost_the_process(videos, tmp_path):
 def test_a_process_that_hangs_is_killed_in_time_and_the_next_video_works(videos):
     numbers(videos, "a")
     (process,) = idle(videos)
-    videos._reader.decoder.limits = VideoLimits(10**8, 100.0, timeout_s=0.5)
+    videos._reader.decoder.limits = Limits(10**8, 100.0, timeout_s=0.5)
     os.kill(process.popen.pid, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(VideoRejected, match=r"takes more than 0.5 s \(data.decode_timeout_s\)") as caught:
@@ -87,12 +90,12 @@ def test_a_process_that_hangs_is_killed_in_time_and_the_next_video_works(videos)
     assert caught.value.kind == "timeout"
     assert time.monotonic() - began < 5
     assert process.popen.returncode == -signal.SIGKILL
-    videos._reader.decoder.limits = VideoLimits(10**8, 100.0, timeout_s=30.0)
+    videos._reader.decoder.limits = Limits(10**8, 100.0, timeout_s=30.0)
     assert numbers(videos, "b") == [0, 2, 5]
 
 
 def test_a_slow_reader_does_not_use_up_the_decoders_time(videos):
-    videos._reader.decoder.limits = VideoLimits(10**8, 100.0, timeout_s=3.0)
+    videos._reader.decoder.limits = Limits(10**8, 100.0, timeout_s=3.0)
     numbers(videos, "a")  # the process is there
     seen = []
     for batch in videos.frames("a", np.arange(24), batch_size=8):
@@ -105,7 +108,7 @@ def test_a_process_that_dies_on_a_video_is_replaced(videos, tmp_path):
     write_video(tmp_path / "a.mp4", CFR, size=(960, 540))  # more than a pipe holds
     numbers(videos, "a")
     (process,) = idle(videos)
-    frames = videos.frames("a", np.arange(24), batch_size=1)
+    frames = iter(videos.frames("a", np.arange(24), batch_size=1))
     next(frames)
     os.kill(process.popen.pid, signal.SIGSEGV)
     with pytest.raises(VideoRejected, match="the decoder process died on it") as caught:
@@ -147,7 +150,7 @@ def test_a_parent_that_is_killed_leaves_no_process(moment, tmp_path):
         import numpy as np
         from stages.data.frames import VideoFiles
         source = VideoFiles({str(tmp_path)!r}, fps=25)
-        frames = source.frames("v", np.arange(60), batch_size=1)
+        frames = iter(source.frames("v", np.arange(60), batch_size=1))
         source.count_frames("v")
         pid = source._reader.decoder.idle[0].popen.pid
         if {moment != "idle"}:
@@ -277,7 +280,7 @@ DONE = {"is": "done", "size": 1, "sha256": "", "clamped": 0}
     ],
 )
 def test_nonsense_from_the_process_is_never_believed(message):
-    decoder = VideoDecoder(VideoLimits(10**6, 100.0, 30.0), fps=10.0)
+    decoder = VideoDecoder(Limits(10**6, 100.0, 30.0), fps=10.0)
     fake = Fake(message)
     decoder.idle.append(fake)  # type: ignore[arg-type]
     with pytest.raises(Rejected, match="it sent nonsense") as caught:
@@ -288,7 +291,7 @@ def test_nonsense_from_the_process_is_never_believed(message):
 
 
 def test_a_reason_is_kept_to_one_printable_line():
-    decoder = VideoDecoder(VideoLimits(10**6, 100.0, 30.0), fps=10.0)
+    decoder = VideoDecoder(Limits(10**6, 100.0, 30.0), fps=10.0)
     decoder.idle.append(Fake({"is": "rejected", "kind": "x", "reason": "a\n\x1b[31mb" * 400}))  # type: ignore[arg-type]
     with pytest.raises(Rejected) as caught:
         list(decoder.pictures(VideoPart("v"), [0]))

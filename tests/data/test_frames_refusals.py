@@ -7,6 +7,7 @@ import random
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from PIL import Image
 from stages.data.frames import REJECTION_KINDS, VideoFiles
 from stages.data.sources import video_timeline
 from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.limits import Limits
+from stages.data.sources.picture_batches import DEFAULT_LIMITS
 from stages.data.sources.video_sniff import open_window
-from stages.data.sources.video_timeline import Limits, open_container
+from stages.data.sources.video_timeline import open_container
 from stages.types import VideoRejected
 from tests.data.barcode import MILLISECONDS, number_in, picture, write_video
 
@@ -89,7 +92,7 @@ def test_a_text_that_names_another_video_is_never_followed(kind, tmp_path, open_
 def open_alone(path: Path) -> None:
     """Open with libav as the decoder process does, without the look at the first bytes that comes before it."""
     with open_window(str(path), 0, None) as window:
-        open_container(window, Limits(10**8, 100.0)).close()
+        open_container(window, Limits(10**8, 100.0, 30.0)).close()
 
 
 @pytest.fixture
@@ -242,7 +245,7 @@ def test_a_cover_picture_is_not_a_video_stream(tmp_path, open_folder):
 def test_pipes_and_folders_are_refused_without_waiting_for_them(tmp_path, open_folder):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "folder.mp4").mkdir()
-    source = open_folder(timeout_s=20)
+    source = open_folder(limits=replace(DEFAULT_LIMITS, timeout_s=20.0))
     assert refused(source, "pipe").kind == "not_a_file"
     assert refused(source, "folder").kind == "not_a_file"
 
@@ -326,7 +329,7 @@ def test_any_flipped_bytes_give_frames_or_a_refusal_and_never_another_error(name
         write_video(tmp_path / name, range(60) if how else CFR, **how)
     path, noise = tmp_path / name, random.Random(7)
     whole = path.read_bytes()
-    source = open_folder(timeout_s=20)
+    source = open_folder(limits=replace(DEFAULT_LIMITS, timeout_s=20.0))
     kinds = set()
     for _ in range(25):
         data = bytearray(whole)
@@ -343,16 +346,16 @@ def test_any_flipped_bytes_give_frames_or_a_refusal_and_never_another_error(name
 
 def test_large_frames_are_refused_before_anything_is_decoded(tmp_path, open_folder):
     write_video(tmp_path / "v.mp4", CFR)
-    rejection = refused(open_folder(max_pixels=96 * 48 - 1), "v")
+    rejection = refused(open_folder(limits=replace(DEFAULT_LIMITS, max_pixels=96 * 48 - 1)), "v")
     assert (rejection.kind, "96 × 48 pixels" in rejection.reason) == ("too_large", True)
-    assert frames(open_folder(max_pixels=96 * 48), "v") == [0, 2, 5]
+    assert frames(open_folder(limits=replace(DEFAULT_LIMITS, max_pixels=96 * 48)), "v") == [0, 2, 5]
 
 
 def test_frames_that_become_large_in_the_middle_are_refused(tmp_path, open_folder):
     small = write_video(tmp_path / "small.ts", CFR[:20]).read_bytes()
     large = write_video(tmp_path / "large.ts", CFR[:20], size=(320, 240)).read_bytes()
     (tmp_path / "both.ts").write_bytes(small + large)
-    source = open_folder(max_pixels=96 * 48)
+    source = open_folder(limits=replace(DEFAULT_LIMITS, max_pixels=96 * 48))
     assert frames(source, "both", [0, 4]) == [0, 10]
     assert refused(source, "both", range(16)).kind == "too_large"
 
@@ -373,7 +376,7 @@ def test_long_videos_are_refused_by_their_header_and_by_their_packets(tmp_path, 
                 container_options={"live": "1"})  # fmt: skip
     with av.open(str(tmp_path / "live.webm")) as container:
         assert container.duration is None
-    source = open_folder(max_duration_s=9)
+    source = open_folder(limits=replace(DEFAULT_LIMITS, max_duration_s=9.0))
     assert refused(source, "v").reason == "it lasts 10.0 s, the limit is 9 s (data.max_duration_s)"
     assert refused(source, "live").kind == "too_long"
-    assert frames(open_folder(max_duration_s=10.1), "live") == [0, 1, 2]
+    assert frames(open_folder(limits=replace(DEFAULT_LIMITS, max_duration_s=10.1)), "live") == [0, 1, 2]

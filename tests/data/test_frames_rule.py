@@ -22,7 +22,17 @@ from stages.data.sources.video_process import DecoderProcess
 from stages.data.sources.video_rgb import as_displayed
 from stages.data.sources.video_timeline import Timeline
 from stages.types import FrameSource, VideoRejected
-from tests.data.barcode import H264_CLOCK, HEIGHT, MILLISECONDS, WIDTH, number_in, on_screen, picture, write_video
+from tests.data.barcode import (
+    H264_CLOCK,
+    HEIGHT,
+    MILLISECONDS,
+    WIDTH,
+    facts_of,
+    number_in,
+    on_screen,
+    picture,
+    write_video,
+)
 
 CFR = [k * 3600 for k in range(60)]  # 25 fps on a 90 kHz clock
 FRAMES = list(range(60))
@@ -89,8 +99,8 @@ def test_each_index_gives_the_picture_on_screen_at_its_time(kind, fps, tmp_path,
     count = source.count_frames("a")
     seen = numbers(source, "a", range(count))
     assert seen == [on_screen(pts, time_base, i, fps) for i in range(count)]
-    assert source.facts("a").clamped == 0
-    assert len(source.facts("a").pts) == count
+    facts = facts_of(source, "a", range(count))
+    assert (facts.clamped, facts.count, len(facts.pts)) == (0, count, count)
     length = float((pts[-1] - pts[0]) * time_base)
     assert length * fps <= count <= (length + 1) * fps + 1
 
@@ -124,7 +134,7 @@ def test_up_to_two_steps_past_the_end_give_the_last_picture_and_are_counted(tmp_
     write_video(tmp_path / "v.mp4", CFR)  # 2.4 s: 24 indices at 10 fps
     source = open_folder(10)
     assert numbers(source, "v", [22, 23, 24, 25]) == [55, 57, 59, 59]
-    assert source.facts("v").clamped == 2
+    assert facts_of(source, "v", [22, 23, 24, 25]).clamped == 2
     with pytest.raises(VideoRejected, match=r"frame 26 \(at 2.6 s\) was asked for, the video ends after 24") as caught:
         numbers(source, "v", [0, 26])
     assert caught.value.kind == "past_the_end"
@@ -263,28 +273,27 @@ def test_a_batch_holds_frames_of_one_size(tmp_path, open_folder):
     assert [batch.shape[:3] for batch in batches] == [(5, 48, 96), (3, 48, 96), (5, 64, 128), (3, 64, 128)]
 
 
-def test_facts_are_those_of_the_video_read_last_to_the_end(tmp_path, open_folder):
+def test_facts_come_with_the_frames_that_were_read_to_the_end(tmp_path, open_folder):
     for name in "ab":
         write_video(tmp_path / f"{name}.mp4", [630_000 + time for time in CFR])
     source = open_folder(10)
-    with pytest.raises(KeyError):
-        source.facts("a")
-    numbers(source, "a", [1, 4])
-    facts = source.facts("a")
+    reading, other = (source.frames(name, np.array([1, 4]), batch_size=2) for name in "ab")
+    with pytest.raises(ValueError, match="once its frames were read to the end"):
+        _ = reading.facts
+    for _ in zip(reading, other, strict=True):
+        pass
+    facts = reading.facts
     data = (tmp_path / "a.mp4").read_bytes()
     assert (facts.size, facts.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert facts.pts == (7.08, 7.4)
-    next(source.frames("b", np.arange(9), batch_size=2))
-    for name in "ab":
-        with pytest.raises(KeyError):
-            source.facts(name)
+    assert other.facts.sha256 != facts.sha256 or (tmp_path / "b.mp4").read_bytes() == data
 
 
 def test_no_index_gives_no_frame_but_checks_the_video(tmp_path, open_folder):
     write_video(tmp_path / "v.mp4", CFR)
     source = open_folder(10)
     assert numbers(source, "v", np.array([], dtype=np.int64)) == []
-    assert source.facts("v").pts == ()
+    assert facts_of(source, "v", []).pts == ()
 
 
 @pytest.mark.parametrize("index", [[3, 2], [1, 1], [-1, 0]])
@@ -306,7 +315,7 @@ def test_two_videos_can_be_read_in_turns(tmp_path, open_folder):
 def test_a_reader_that_stops_early_does_not_disturb_the_next_video(tmp_path, open_folder):
     write_video(tmp_path / "v.mp4", CFR)
     source = open_folder(25)
-    frames = source.frames("v", np.arange(60), batch_size=1)
+    frames = iter(source.frames("v", np.arange(60), batch_size=1))
     next(frames)
     frames.close()
     assert numbers(source, "v", [5, 6]) == [5, 6]
@@ -315,7 +324,7 @@ def test_a_reader_that_stops_early_does_not_disturb_the_next_video(tmp_path, ope
 def test_the_source_says_its_rule_and_its_decoder(open_folder):
     source = open_folder(10)
     assert isinstance(source, FrameSource)
-    assert source.frame_rule == "10 fps grid from first pts, frame on screen, rotation applied, v1"
+    assert source.frame_rule == "10 fps grid from first pts, frame on screen, rotation applied, v2"
     libavcodec = ".".join(map(str, av.library_versions["libavcodec"]))
     assert source.decoder.startswith(f"pyav {av.__version__} libavcodec {libavcodec} ")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 from stages.data.frames import VideoFiles
+from stages.data.sources.picture_batches import DEFAULT_LIMITS
 from stages.types import VideoRejected
+from tests.data.barcode import facts_of
 
 CYRILLIC = "видео 🎬 名前 ü & 'quote'"
 
@@ -35,7 +38,8 @@ IS_REFUSED = {
     "audio_only": ("no_video_stream", "there is no video stream in it, only audio"),
     "corrupted_real_decord": (
         "decode_error",
-        "decoding fails at 2.8 s of 5.0 s: Invalid data found when processing input",
+        "decoding fails at 2.8 s of 5.0 s: Invalid data found when processing input. "
+        "To use the frames around it: a new --cache, with --set data.around_damage=true",
     ),
     "text_renamed": ("not_a_video", "the file is text, not a video"),
     "truncated_faststart": (
@@ -164,7 +168,7 @@ def test_a_strange_file_gives_its_frames(video_id, fps, nasty, shared_data):
     found, sizes = digests(nasty[fps], video_id, range(count))
     assert len(found) == count
     assert sizes == GIVES_FRAMES[video_id][2]
-    facts = nasty[fps].facts(video_id)
+    facts = facts_of(nasty[fps], video_id, range(count))
     (path,) = (shared_data / "nasty").glob(f"{video_id}.*")
     manifest = {e["name"]: e for e in json.loads((shared_data / "nasty" / "manifest.json").read_text())}[path.name]
     assert (facts.size, facts.sha256, facts.clamped) == (manifest["bytes"], manifest["sha256"], 0)
@@ -182,7 +186,7 @@ def test_a_camera_that_was_held_upright_gives_upright_pictures(nasty, shared_dat
 
 
 def test_8k_is_refused_before_decoding_where_the_limit_is_lower(shared_data):
-    source = VideoFiles(shared_data / "nasty", fps=10, max_pixels=33_000_000)
+    source = VideoFiles(shared_data / "nasty", fps=10, limits=replace(DEFAULT_LIMITS, max_pixels=33_000_000))
     with pytest.raises(VideoRejected, match=r"7680 × 4320 pixels, the limit is 33000000") as caught:
         source.count_frames("huge_8k_8frames_hevc")
     assert caught.value.kind == "too_large"
@@ -198,7 +202,7 @@ def test_a_real_clip_gives_the_frames_that_plain_decoding_gives(video_id, clips,
     found, sizes = digests(source, video_id, range(count))
     assert sizes == [(manifest["height"], manifest["width"])]
     assert found == by_plain_decoding(path, 2, count)
-    facts = source.facts(video_id)
+    facts = facts_of(source, video_id, range(count))
     assert (facts.size, facts.sha256, facts.clamped) == (manifest["bytes"], manifest["sha256"], 0)
     if manifest["first_pts_s"] is not None:
         assert facts.pts[0] == pytest.approx(manifest["first_pts_s"], abs=1e-6)
@@ -217,4 +221,4 @@ def test_ffmpegs_count_of_10_fps_frames_is_ours_or_one_more(video_id, clips, sha
     last = np.arange(max(0, count - 2), manifest["frames_at_10fps"])
     found, _ = digests(clips[10], video_id, last)
     assert len(found) == len(last)
-    assert clips[10].facts(video_id).clamped == manifest["frames_at_10fps"] - count
+    assert facts_of(clips[10], video_id, last).clamped == manifest["frames_at_10fps"] - count

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cache_schema import CacheCorrupt, FeatureStore, calibrate
-from cache_schema.objects import LocalCopies, locate
+from cache_schema.objects import locate
 from stages.data.samples import CachedSamples, Request
 from tests.cache_schema import makers
 from tests.cache_schema import test_quantize as quantize
@@ -19,13 +19,11 @@ __all__ = ["moto", "s3"]  # fixtures
 ORDER = [Request([i % 5, (i * 3 + 1) % 5], [i, i + 1]) for i in range(7)]
 
 
-@pytest.mark.parametrize("copies", [False, True], ids=["range requests", "local copies"])
-def test_the_ring_gives_the_batches_that_a_local_store_gives(s3: str, tmp_path: Path, copies: bool) -> None:
+def test_the_ring_gives_the_batches_that_a_local_store_gives(s3: str, tmp_path: Path) -> None:
     names = ["tokens", "pooled/layer8"]
     here = makers.extract(tmp_path / "store", names)
-    kept = LocalCopies(tmp_path / "copies", 1 << 30) if copies else None
     makers.extract(locate(s3), names)
-    there = {name: FeatureStore.open(locate(s3, kept), name) for name in names}
+    there = {name: FeatureStore.open(locate(s3), name) for name in names}
     ahead = CachedSamples(SAMPLES, there["tokens"], there["pooled/layer8"]).batches(ORDER)
     simple = CachedSamples(SAMPLES, here["tokens"], here["pooled/layer8"])
     for request, batch in zip(ORDER, ahead, strict=True):

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.data.manifest import coverage, estimate, majority_answer
-from stages.types import Sample
+from stages.data.manifest import coverage, estimate, fitting, majority_answer, why_absent, why_length_differs
+from stages.types import Extent, Sample
 
 
 def wanted(*videos: str) -> dict[str, np.ndarray]:
@@ -82,3 +82,24 @@ def test_the_estimate_is_frames_times_bytes_of_each_modality() -> None:
 
 def test_the_majority_answer_is_the_most_frequent_and_the_first_among_equals() -> None:
     assert majority_answer([sample(a) for a in ("dog", "cat", "dog", "cat", "ant")]) == "cat"
+
+
+def test_frames_fit_up_to_two_past_the_end_and_outside_damage() -> None:
+    assert fitting(np.arange(0, 20, 3), Extent(11, ((4, 6),))).tolist() == [0, 3, 9, 12]
+    assert fitting(np.array([13, 15]), Extent(11)).tolist() == [13, 15]  # none fits: extraction says why
+
+
+def test_why_frames_are_absent_is_said_only_as_far_as_the_facts_know() -> None:
+    facts = {"count": 62, "damaged": [[4, 6]]}
+    assert why_absent([70], facts) == "the file has 62 frames"
+    assert why_absent([5, 70], facts).endswith("; the file does not decode at frames 4 to 6")
+    assert why_absent([3], facts) == why_absent([70], {}) == ""
+
+
+def test_only_a_large_difference_of_length_is_said() -> None:
+    said = "its annotation speaks of 100 frames (10.0 s), the file has 125 (12.5 s)"
+    assert why_length_differs(np.arange(100), 125, 10.0, unseen_s=2.0) == said
+    for count in (20, 100, 120):
+        assert why_length_differs(np.arange(100), count, 10.0, unseen_s=2.0) == ""
+    assert why_length_differs(np.arange(1000), 1109, 10.0, unseen_s=2.0) == ""  # 11 s of 111 s
+    assert why_length_differs(np.arange(1000), 1490, 10.0, unseen_s=50.0) == ""  # LVU's outro

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stages.config import DataConfig
-from stages.data.annotations import AnnotationError
+from stages.data.annotation_files import AnnotationError
 from stages.data.msvd import MsvdQaDataset, clean_question
 
 
@@ -129,5 +129,5 @@ def test_an_id_in_two_training_parts_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_annotation_files_says_what_it_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match="qa_train"):
+    with pytest.raises(AnnotationError, match=r"qa_val\.json"):
         MsvdQaDataset(DataConfig(annotations=str(tmp_path)))

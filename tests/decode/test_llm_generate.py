@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -92,6 +93,84 @@ def test_the_length_penalty_decides_between_short_and_long_answers(make: Any) ->
         best = [beams[0] for beams in decoder.generate(some_prefix(4), PROMPTS)]
         lengths.append(sum(len(text) for text in best))
     assert lengths[0] < lengths[1] < lengths[2]
+
+
+def bigrams(decoder: llm.CausalLM, table: dict[str, dict[str, float]], fill: str) -> None:
+    """Make the LLaMA a table of p(next | last); what a row leaves over is spread over the letters of ``fill``."""
+    model, end = decoder.model, decoder.text.eos_id
+    letters = {letter: decoder.text.tokenizer.convert_tokens_to_ids(letter) for letter in {*table, *fill}}
+    for layer in model.model.layers:  # the state of a token is its embedding alone
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    embeddings, head = model.get_input_embeddings().weight.zero_(), model.get_output_embeddings().weight
+    head.fill_(-50.0)
+    for place, (letter, token) in enumerate(letters.items()):
+        embeddings[token, place] = 1.0
+        row = table.get(letter, {})
+        for other in fill:
+            head[letters[other], place] = math.log((1 - sum(row.values())) / len(fill))
+        for following, probability in row.items():
+            head[end if following == "end" else letters[following], place] = math.log(probability)
+    model.model.norm.weight.fill_(WIDTH**-0.5)  # the norm of a one-hot is itself
+
+
+def test_a_cut_answer_is_divided_by_one_more_than_its_tokens(make: Any) -> None:
+    """By hand, length penalty 1: "a" ended has (ln 0.2 + ln 0.7) / 2 = -0.98, "bcde", cut off after four tokens,
+    ln 0.3 + 3 ln 0.35 = -4.35, so -1.09 over 4 and -0.87 over 5."""
+    table = {
+        "?": {"a": 0.2, "b": 0.3},
+        "a": {"end": 0.7},
+        "b": {"c": 0.35},
+        "c": {"d": 0.35},
+        "d": {"e": 0.35},
+        "e": {"end": 0.35},
+    }
+    best = {}
+    for ended in (True, False):
+        decoder = make(repetition_penalty=1.0, end_cut_answers=ended)
+        bigrams(decoder, table, fill="ghijklmnop")
+        best[ended] = decoder.generate(some_prefix(1), ["who?"])[0][0]
+    assert best == {True: "bcde", False: "a"}
+
+
+def hypotheses(decoder: llm.CausalLM, visual: Tensor, prompt: str) -> list[str]:
+    """MA-LMM's beam search by hand: a list of hypotheses, ended or, at the end, cut off, each divided by (start token +
+    its tokens) ** penalty."""
+    cfg, embed, end = decoder.cfg, decoder.model.get_input_embeddings(), decoder.text.eos_id
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    kept: list[tuple[float, list[int]]] = []
+    for _ in range(cfg.max_new_tokens):
+        candidates = []
+        for total, ids in live:
+            read = torch.cat([visual, embed(torch.tensor(decoder.text.prompt_ids(prompt) + ids))])
+            scores = decoder.model(inputs_embeds=read[None]).logits[0, -1].log_softmax(-1)
+            scores[ids] *= cfg.repetition_penalty
+            candidates += [(total + float(score), [*ids, token]) for token, score in enumerate(scores)]
+        candidates = sorted(candidates, reverse=True)[: 2 * cfg.num_beams]
+        for total, ids in candidates[: cfg.num_beams]:
+            if ids[-1] == end:
+                kept.append((total / len(ids) ** cfg.length_penalty, ids[:-1]))
+        kept = sorted(kept, reverse=True)[: cfg.num_beams]
+        live = [(total, ids) for total, ids in candidates if ids[-1] != end][: cfg.num_beams]
+        best, ids = candidates[0]
+        if len(kept) == cfg.num_beams and kept[-1][0] >= best / len(ids) ** cfg.length_penalty:
+            break
+    else:
+        kept += [(total / (len(ids) + 1) ** cfg.length_penalty, ids) for total, ids in live]
+    return [decoder.text.decode(ids) for _, ids in sorted(kept, reverse=True)[: cfg.num_beams]]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_beams_are_ranked_as_by_a_list_of_hypotheses(make: Any, penalty: float) -> None:
+    """The best of all samples, and nearly all lists. An answer may be missing, since transformers stops once no
+    unfinished beam can still enter, MA-LMM's versions only once no beam can, those included that have just ended."""
+    decoder, prefix = make(max_new_tokens=4, length_penalty=penalty), some_prefix(24)
+    decoder.model.get_output_embeddings().weight[decoder.text.eos_id] *= 2.0  # some answers end, some are cut off
+    prompts = [PROMPTS[i % 4] for i in range(24)]
+    expected = [hypotheses(decoder, visual, prompt) for visual, prompt in zip(prefix, prompts, strict=True)]
+    answers = decoder.generate(prefix, prompts)
+    assert [beams[0] for beams in answers] == [beams[0] for beams in expected]
+    assert sum(a != b for a, b in zip(answers, expected, strict=True)) <= (1 if penalty else 0)
 
 
 def test_the_number_of_samples_per_call_does_not_change_answers(make: Any) -> None:

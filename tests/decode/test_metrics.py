@@ -128,6 +128,7 @@ def test_precision_f1_and_confusion_follow_from_the_same_counts() -> None:
     assert report.to_json()["confusion"] == {
         "labels": ["friend", "wife", "year", "(other)"],
         "counts": [[1, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 1]],  # "Friend" is no label; no beam at all is none either
+        "other": {"friend": [["Friend", 1]]},
     }
     assert (report.per_class["friend"].said, report.per_class["friend"].precision) == (2, 1 / 2)
     assert (report.per_class["year"].said, report.per_class["year"].precision) == (0, None)
@@ -212,3 +213,59 @@ def test_the_interval_over_videos_is_wider_where_windows_repeat_each_other() -> 
 def test_a_prediction_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SIX[0].answer = "other"  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- what exact match leaves out
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("Black.", "black"),
+        ("the dog", "dog"),
+        ("two", "2"),
+        ("A  Man", "man"),
+        ("ice-cream", "ice cream"),
+        ("ﬁre", "fire"),
+    ],
+)
+def test_answers_that_are_right_but_for_their_form_are_counted_beside_the_headline(said: str, answer: str) -> None:
+    report = score([said_for(0, said, answer), said_for(1, answer, answer), said_for(2, "cat", answer)], "exact")
+    assert (report.overall.correct, report.normalised.correct, report.normalised.more) == (1, 2, 1)
+    assert (
+        f"1 more of 3 would be right after normalisation (case, punctuation, articles, two = 2), such as {said!r}"
+        in (report.warnings[0])
+    )
+
+
+def test_by_the_first_word_an_article_hides_the_answer() -> None:
+    report = score([said_for(0, "a dog runs", "dog"), said_for(1, "cat, of course", "cat")], "first_word")
+    assert (report.overall.correct, report.normalised.more) == (0, 2)
+
+
+def test_up_to_one_in_a_hundred_is_no_warning() -> None:
+    answers = [said_for(n, f"word{n}", f"word{n}") for n in range(99)]
+    assert score([*answers, said_for(99, "Word99.", "word99")], "exact").warnings == ()
+    assert score([*answers[1:], said_for(99, "Word99.", "word99")], "exact").warnings != ()
+
+
+@pytest.mark.parametrize(("same", "true_answers", "warned"), [(95, 50, True), (94, 50, False), (95, 1, False)])
+def test_one_answer_to_nearly_everything_is_a_warning_unless_it_is_the_truth(
+    same: int, true_answers: int, warned: bool
+) -> None:
+    given = [said_for(n, "x" if n < same else f"word{n}", f"answer{n % true_answers}") for n in range(100)]
+    assert ("95 of 100 samples are given one answer, 'x'" in " ".join(score(given, "exact").warnings)) == warned
+
+
+def test_what_was_said_instead_of_a_label_is_listed_with_counts() -> None:
+    given = [said_for(0, "Black.", "black"), said_for(1, "Black.", "black"), said_for(2, "grey", "black")]
+    report = score([*given, said_for(3, "black", "white")], "exact")
+    assert report.other == {"black": (("Black.", 2), ("grey", 1))}
+    document = report.to_json()
+    assert document["confusion"]["other"] == {"black": [["Black.", 2], ["grey", 1]]}  # type: ignore[index]
+    assert document["answers"] == [["Black.", 2], ["black", 1], ["grey", 1]]
+    assert document["normalised"] == {"correct": 2, "more": 2, "example": ["Black.", "black"]}
+
+
+def said_for(number: int, said: str, answer: str) -> Prediction:
+    return Prediction(str(number), f"v{number}", "what", "what is it?", answer, (said,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from scipy import stats
 
 from stages.decode import statistics
 from stages.decode.statistics import (
-    bca,
-    bootstrap_shares,
+    LEAST,
+    Power,
     cluster_sums,
     difference_interval,
     holm,
     paired,
+    seed_effect,
     share_interval,
     sign_flip,
     wilson,
@@ -51,35 +53,30 @@ def peer(sums: np.ndarray, counts: np.ndarray, method: str, seed: int = 5) -> An
 
 
 @pytest.mark.parametrize(("seed", "share"), [(0, 0.7), (1, 0.5), (2, 0.08)])
-def test_bca_is_scipys_on_the_same_draws(seed: int, share: float) -> None:
+def test_the_interval_of_a_share_is_scipys_bca_over_videos(seed: int, share: float) -> None:
     hits, ids = clustered(seed, 41, 5, share, 0.6)
-    sums, counts = cluster_sums(hits, ids)
-    expected = peer(sums, counts, "BCa")
-    left_out = np.array([np.delete(sums, i).sum() / np.delete(counts, i).sum() for i in range(len(sums))])
-    low, high = bca(expected.bootstrap_distribution, float(hits.mean()), left_out)
-    assert (low, high) == pytest.approx((expected.confidence_interval.low, expected.confidence_interval.high), abs=1e-9)
+    found = share_interval(hits, ids)
+    assert found is not None
+    expected = peer(*cluster_sums(hits, ids), "BCa", seed=9).confidence_interval  # other draws
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.012)
+    assert (found.videos, found.method) == (41, "bca")
+    assert found == share_interval(hits, ids)  # seeded
 
 
-def test_the_interval_of_a_share_is_scipys_within_the_noise_of_the_draws() -> None:
-    hits, ids = clustered(3, 41, 5, 0.65, 0.6)
-    ours = share_interval(hits, ids)
-    assert ours is not None
-    expected = peer(*cluster_sums(hits, ids), "BCa").confidence_interval
-    assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high), abs=0.006)
-    assert (ours.videos, ours.method) == (41, "bca")
-    assert ours == share_interval(hits, ids)  # seeded
+def test_whole_videos_are_drawn_and_the_cut_into_blocks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    hits, ids = clustered(4, 30, 4, 0.5, 1.0)  # windows of a video are all alike
+    together, apart = share_interval(hits, ids), share_interval(hits, [str(i) for i in range(len(hits))])
+    assert together is not None
+    assert apart is not None
+    assert together.high - together.low > 1.3 * (apart.high - apart.low)
+    monkeypatch.setattr(statistics, "AT_ONCE", 700)
+    assert share_interval(hits, ids) == together
 
 
-def test_draws_are_those_of_whole_videos(monkeypatch: pytest.MonkeyPatch) -> None:
-    sums, counts = np.array([3.0, 0.0, 1.0]), np.array([4.0, 2.0, 1.0])
-    possible = {
-        round(sum(sums[i] for i in pick) / sum(counts[i] for i in pick), 12)
-        for pick in itertools.product(range(3), repeat=3)
-    }
-    seen = bootstrap_shares(sums, counts, np.random.default_rng(0), draws=500)
-    assert {round(value, 12) for value in seen.tolist()} == possible
-    monkeypatch.setattr(statistics, "AT_ONCE", 7)  # the cut into blocks does not matter
-    assert len(bootstrap_shares(sums, counts, np.random.default_rng(0), draws=500)) == 500
+def test_where_no_draw_leaves_the_estimate_the_percentile_interval_is_taken() -> None:
+    found = difference_interval(np.array([1.0, 0.0]), ["x", "y"])  # BCa is undefined for two opposite videos, or nearly
+    assert found is not None
+    assert 0 <= found.low <= found.high <= 1
 
 
 def test_where_all_videos_are_alike_the_interval_is_wilsons_over_videos() -> None:
@@ -228,3 +225,97 @@ def test_holm_is_the_step_down_procedure(p: list[float]) -> None:
     expected = np.empty(len(p))
     expected[order] = np.maximum.accumulate(np.minimum(1, np.array(p)[order] * np.arange(len(p), 0, -1)))
     assert holm(p) == pytest.approx(expected.tolist())
+
+
+# ---------------------------------------------------------------- what a test can show
+
+
+def disagreements(rng: np.random.Generator, videos: int, *, video: float, window: float, most: int, tilt: float) -> Any:
+    """Per video the difference of the hits and the number of windows: whole videos flip, or single windows do.
+
+    ``tilt``: 0 = as often for a as for b, 1 = always for b.
+    """
+    counts = rng.integers(1, most + 1, videos)
+    up = (1 + tilt) / 2
+    whole = rng.random(videos) < video
+    single = np.where(whole, 0, rng.binomial(counts, window))
+    sums = np.where(whole, counts * np.where(rng.random(videos) < up, 1, -1), 2 * rng.binomial(single, up) - single)
+    return sums, counts.astype(float)
+
+
+WORLDS = [  # videos, disagreements by video and by window, windows of a video at most
+    (20, 0.3, 0.1, 4),
+    (41, 0.5, 0.3, 1),
+    (41, 0.1, 0.02, 4),  # six disagreements: not even all on one side are enough
+    (100, 0.3, 0.1, 4),
+    (400, 0.1, 0.02, 4),
+]
+
+
+@pytest.mark.parametrize(("videos", "video", "window", "most"), WORLDS)
+def test_a_detectable_difference_is_found_in_four_of_five_simulated_repetitions(
+    videos: int, video: float, window: float, most: int
+) -> None:
+    rng = np.random.default_rng(0)
+    kind: dict[str, Any] = {"video": video, "window": window, "most": most}
+    sums, counts = disagreements(rng, 50_000, tilt=0, **kind)
+    detectable = Power(sums.astype(float), counts).over_videos(videos)
+    assert detectable is not None
+    most_possible = disagreements(rng, 50_000, tilt=1, **kind)[0].sum() / counts.sum()
+    more = max(1.0, detectable / most_possible)  # a larger difference than all disagreements needs more of them
+    kind |= {"video": video * more, "window": window * more}
+    tilt = min(1.0, detectable / most_possible)
+    found = sum(sign_flip(disagreements(rng, videos, tilt=tilt, **kind)[0]) < 0.05 for _ in range(500)) / 500
+    assert 0.68 < found < 0.95
+
+
+def test_windows_taken_for_independent_promise_what_the_test_over_videos_does_not_show() -> None:
+    """The usual shortcut counts 1,000 windows of 100 videos as 1,000: its difference is found in under half."""
+    rng = np.random.default_rng(1)
+    kind: dict[str, Any] = {"video": 0.4, "window": 0.0, "most": 19}
+    sums, counts = disagreements(rng, 20_000, tilt=0, **kind)
+    windows = int(counts.mean() * 100)
+    shortcut = (1.96 + 0.84) * math.sqrt(0.4 / windows)
+    detectable = Power(sums.astype(float), counts).over_videos(100)
+    assert detectable is not None
+    assert detectable > 2 * shortcut
+    found = sum(sign_flip(disagreements(rng, 100, tilt=shortcut / 0.4, **kind)[0]) < 0.05 for _ in range(400)) / 400
+    assert found < 0.35
+
+
+@pytest.mark.parametrize("seeds", [6, 7, 8, 10, 12])
+def test_over_seeds_the_detectable_difference_is_that_of_a_simulation(seeds: int) -> None:
+    rng = np.random.default_rng(2)
+    signs = np.array(list(itertools.product((1, -1), repeat=seeds - 1)))
+    drawn = rng.normal(seed_effect(seeds), 1, (4000, seeds))
+    totals = np.abs(drawn[:, :1] + drawn[:, 1:] @ signs.T)
+    p = (totals >= np.abs(drawn.sum(axis=1))[:, None] - 1e-9).mean(axis=1)
+    assert (p < 0.05).mean() == pytest.approx(0.8, abs=0.025)
+
+
+def test_five_seeds_can_show_nothing_and_say_how_many_could() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 2, (2, 5, 300))
+    power = paired(a, b, [str(i) for i in range(300)], same_seeds=True).power
+    assert power is not None
+    told: Any = power.to_json()
+    assert (told["smallest_seed_p"], told["detectable_over_seeds"]) == (0.0625, None)
+    for points, needs in told["wanted"].items():
+        wanted = float(points) / 100
+        assert needs["seeds"] >= LEAST
+        assert power.over_seeds(needs["seeds"]) <= wanted < (power.over_seeds(needs["seeds"] - 1) or 1)  # type: ignore[operator]
+        assert power.over_videos(needs["videos"]) <= wanted < (power.over_videos(needs["videos"] - 1) or 1)  # type: ignore[operator]
+    one = paired(a[:1], b[:1], [str(i) for i in range(300)]).power
+    assert one is not None
+    assert one.to_json()["wanted"]["1"]["seeds"] is None  # type: ignore[index]
+
+
+def test_too_few_videos_can_show_nothing_at_all() -> None:
+    for videos, shown in ((5, False), (6, True), (40, True)):
+        a, b = np.zeros((1, videos), dtype=int), np.ones((1, videos), dtype=int)
+        power = paired(a, b, [str(i) for i in range(videos)]).power
+        assert power is not None
+        assert (power.over_videos() is not None) is shown
+    same = paired(a, a, [str(i) for i in range(videos)]).power  # no disagreement: six of 40, nearly surely
+    assert same is not None
+    assert same.over_videos() == pytest.approx(0.196, abs=0.01)

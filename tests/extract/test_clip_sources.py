@@ -19,6 +19,7 @@ from transformers import InstructBlipVisionConfig, InstructBlipVisionModel
 from stages.config import ClipConfig
 from stages.extract import clip
 from stages.types import FrozenEncoder
+from stages.weights import WeightsRefused
 from tests.extract.tiny import cached, frames
 from tests.extract.tiny_clip import MODELS, VIT, build, checkpoint, config, described, hooked, register_models
 
@@ -259,3 +260,50 @@ def test_swapped_colour_channels_give_other_features() -> None:
 def test_floats_are_refused() -> None:
     with pytest.raises((ValueError, TypeError), match=r"(?i)uint8"):
         build()(frames().astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "told"),
+    [
+        ("ViT-B-32", "timm/vit_base_patch32_clip_224.openai", "ViT-B-32-quickgelu"),
+        ("ViT-B-32", "{}/ViT-B-32-openai.safetensors", "ViT-B-32-quickgelu"),
+        ("ViT-L-14", "{}/metaclip_400m/open_clip_model.safetensors", "ViT-L-14-quickgelu"),
+        ("ViT-B-16", "{}/vit_b16.DFN2B.pt", "ViT-B-16-quickgelu"),
+        ("ViT-B-32-quickgelu", "{}/ViT-B-32-laion2b_s34b_b79k.bin", "ViT-B-32"),
+    ],
+)
+def test_weights_whose_name_tells_the_other_activation_are_refused_with_the_model_to_type(
+    tmp_path: Path, model: str, weights: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip, "_described", lambda *_, **__: {})  # of a hub repository that is not here
+    with pytest.raises(ValueError, match=rf"QuickGELU(?s:.*)--set clip\.model={told}$"):
+        build(model=model, weights=weights.format(tmp_path))
+
+
+def test_weights_that_do_not_tell_their_activation_are_taken_with_a_warning_that_names_the_other_model(
+    tmp_path: Path, tag: torch.nn.Module
+) -> None:
+    assert tag is not None  # tiny-vit has a published version
+    checkpoint(tmp_path, "tiny-vit")
+    described(tmp_path)
+    with pytest.warns(UserWarning, match=r"does not say(?s:.*)--set clip\.model=tiny-vit-quickgelu"):
+        build(weights=str(tmp_path))
+
+
+def test_a_checkpoint_that_describes_another_activation_names_the_model_that_has_it(tmp_path: Path) -> None:
+    own = open_clip.get_model_config("ViT-B-32-quickgelu")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": own}))
+    with pytest.raises(ValueError, match=r"differ in quick_gelu(?s:.*)--set clip\.model=ViT-B-32-quickgelu$"):
+        build(model="ViT-B-32", weights=str(tmp_path))
+
+
+def test_weights_of_another_size_name_the_model_of_that_size(tmp_path: Path) -> None:
+    tensors = {"conv1.weight": torch.zeros(768, 3, 32, 32), "positional_embedding": torch.zeros(50, 768)}
+    tensors |= {f"transformer.resblocks.{n}.ln_1.weight": torch.zeros(768) for n in range(12)}
+    path = tmp_path / "mine.safetensors"
+    save_file({f"visual.{key}": value for key, value in tensors.items()}, path)
+    with (
+        pytest.warns(UserWarning, match="QuickGELU"),
+        pytest.raises(WeightsRefused, match=r"patches of 32, 50 tokens(?s:.*)--set clip\.model=ViT-B-32$"),
+    ):
+        build(model="ViT-L-14", weights=str(path))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import typer
 
-from cache_schema import claims, files
+from cache_schema import files
 from cache_schema.store import FeatureStore
 from pipeline.errors import guard
 from stages.data.sources.video_files import VideoFiles
@@ -24,7 +24,7 @@ from stages.data.sources.video_process import DecoderProcess
 from stages.extract.clip import FrozenClip
 from stages.extract.conveyor import Channel, Stopped
 from stages.extract.dit import FrozenDiT
-from stages.extract.run import Job, extract, open_stores, release, specs_of
+from stages.extract.run import Job, extract
 from tests.extract.conftest import tree, wanted
 
 MakeJob = Callable[..., Job]
@@ -116,28 +116,25 @@ def test_each_encoder_resumes_where_it_was(
     assert 0 < sum(read) < 40
 
 
-def test_06_what_another_extraction_has_claimed_is_left_to_it_and_done_here_last_where_it_was_not(
-    world: Path, make_job: MakeJob, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("parts", [2, 5])
+def test_the_parts_of_an_extraction_do_every_video_once_and_end_in_the_same_store(
+    world: Path,
+    make_job: MakeJob,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    parts: int,
 ) -> None:
-    job = make_job(world / "videos", tmp_path / "store", which="both")
-    open_stores(job, specs_of(job))
-    release(job)
-    folder = FeatureStore.open(tmp_path / "store", "tokens").layout.info.folder
-    other = claims.take(folder, 0)
-    assert other is not None
-    order: dict[type, list[str]] = {FrozenClip: [], FrozenDiT: []}
-    asked: list[str] = []
-    counted(monkeypatch, VideoFiles, "frames", lambda _n, video, _index: asked.append(video))
-    for encoder, seen in order.items():
-        counted(monkeypatch, encoder, "view", lambda *_, seen=seen: seen.append(asked[-1]))
-
-    def progress(_done: int, _total: int, text: str) -> None:
-        if text == "waiting for another extraction":
-            other.give_up()
-
-    extract(job, wanted(world / "videos"), progress=progress)
-    names = sorted(wanted(world / "videos"))
-    assert order == {FrozenDiT: names, FrozenClip: [*names[3:], *names[:3]]}
+    read = frames_read(monkeypatch)
+    job, lacking, done = make_job(world / "videos", tmp_path / "store", which="both"), [], 0
+    for number in range(parts, 0, -1):  # 40 frames are three tasks of 16 frames: of five parts, two have nothing to do
+        report = extract(job, wanted(world / "videos"), part=(number, parts))
+        assert report.failures == {}
+        assert len(report.elsewhere) == 8 - report.videos
+        lacking.append(report.lacking)
+        done += report.frames
+    assert lacking == {2: [5, 0], 5: [8, 8, 6, 3, 0]}[parts]
+    assert (done, sum(read)) == (40, 40)
     assert tree(tmp_path / "store") == whole
 
 
@@ -200,7 +197,7 @@ def test_a_shard_is_published_while_the_next_is_encoded(
     publishing, encoding, seen, real = threading.Event(), threading.Event(), list[bool](), files.publish
 
     def publish(partial: Path, final: Path) -> bool:
-        if final.parts[-3:] == ("0", "0", "0"):
+        if final.name == "c.0.0.0":
             publishing.set()
             seen.append(encoding.wait(WAIT_S))
         return real(partial, final)
@@ -337,7 +334,7 @@ def test_a_full_disk_ends_the_line_and_loses_nothing_that_was_published(
     real = files.publish
 
     def publish(partial: Path, final: Path) -> bool:
-        if final.parts[-3:] == ("1", "0", "0"):
+        if final.name == "c.1.0.0":
             raise OSError(errno.ENOSPC, "No space left on device", str(final))
         return real(partial, final)
 

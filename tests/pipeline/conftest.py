@@ -22,6 +22,11 @@ EXTRACTED = {
     "failed": 0,
     "skipped": 0,
     "failures": [],
+    "left_out": [],
+    "length_differs": [],
+    "hdr": {},
+    "changed": [],
+    "touched": 0,
     "seconds": 12.5,
 }
 EVALUATED = {

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from cache_schema.errors import CacheMissing
-from pipeline import compose, inputs, presets, registry
+from pipeline import compose, inputs, presets, registry, results
 from pipeline.baselines import baselines
+from pipeline.cli import app
 from pipeline.errors import ConfigError
 from pipeline.overrides import apply
+from pipeline.scoring import compare
 from stages.config import PipelineConfig
 from stages.decode.evaluate import read_predictions, rescore
 
@@ -108,3 +111,54 @@ def test_an_unknown_name_is_answered_with_the_known(configure: Configure, cache:
     dry = run(configure(), cache, tmp_path, dry_run=True)
     assert dry["baselines"] == len(registry.PROBES)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def open_questions(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world's questions, each worded once, in two types; ``who`` is not asked in val."""
+    folder = tmp_path_factory.mktemp("open")
+    for split in ("train", "val", "test"):
+        rows = json.loads((world / "msvd_qa" / f"qa_{split}.json").read_text())
+        for number, (key, row) in enumerate(list(rows.items())):
+            row |= {"question": f"{row['question']} {key}", "answer_type": "who" if number % 3 == 0 else "what"}
+            if split == "val" and row["answer_type"] == "who":
+                del rows[key]
+        (folder / f"qa_{split}.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_on_open_questions_a_probe_is_fitted_per_type_and_a_type_without_val_gets_the_most_frequent_answer(
+    configure: Configure, cache: Path, open_questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    config = configure(f"data.annotations={open_questions}")
+    result = run(
+        config, cache, tmp_path / "out", "majority", "clip_mean", progress=lambda *done: told.append(str(done))
+    )
+    assert list(result["baselines"]) == ["majority", "clip_mean"]
+    majority, probe = result["baselines"].values()
+    assert majority["n"] == probe["n"]
+    assert list(probe["chosen"]) == ["what", "who"]  # two, and not one per question
+    (reason,) = probe["not_fitted"].values()
+    assert "0 val samples" in reason["reason"]
+    assert majority["not_fitted"] == {}
+    assert any("clip_mean, 2 of 2" in line for line in told)
+    results.show_baselines(result)
+    shown = capsys.readouterr().out
+    assert f"clip_mean could not be fitted to {reason['samples']} of {probe['n']} questions" in shown
+    assert "Row 'majority': that of the training questions" in shown
+    assert compare([tmp_path / "out" / "majority", tmp_path / "out" / "clip_mean"], split="test")["held_out"][
+        "held_out"
+    ]
+
+
+def test_where_no_baseline_is_left_the_command_fails_and_says_why(
+    configure: Configure, cache: Path, open_questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.train.probes.MAX_FLAT", 5)
+    config = configure(f"data.annotations={open_questions}")
+    sets = [f"--set=data.{key}={getattr(config.data, key)}" for key in ("videos", "annotations", "task")]
+    command = ["baselines", *sets, "--cache", str(cache), "--out", str(tmp_path / "out"), "--probe", "clip_mean"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 3
+    assert "clip_mean was left out: 96 numbers per sample; a linear probe takes up to 5" in done.output

@@ -97,6 +97,8 @@ def test_help_ends_with_an_example_that_parses(command: str) -> None:
 @pytest.mark.parametrize("command", STAGE_COMMANDS)
 @pytest.mark.parametrize("option", ["--preset", "--set", "--cache", "--out", "--device", "--json", "--dry-run"])
 def test_every_command_has_the_common_options(command: str, option: str) -> None:
+    if command == "evaluate" and option in ("--preset", "--out"):  # the run knows its settings
+        option = "--run"
     assert re.search(rf"{option}\b", run(command, "--help").stdout)
 
 
@@ -134,6 +136,7 @@ def test_extraction_passes_its_options_on(composed: Composed, tmp_path: Path) ->
         "cache": tmp_path,
         "workers": 3,
         "retry_failed": True,
+        "part": (1, 1),
         "splits": ["test", "val"],
         "device": "cpu",
         "dry_run": False,
@@ -261,6 +264,18 @@ def test_the_result_is_kept_in_out(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- exit codes
+
+
+def test_videos_without_some_frames_exit_with_3_and_replaced_ones_with_4(composed: Composed) -> None:
+    composed.returns["extract"] = EXTRACTED | {"left_out": [{"video": "short", "reason": "the file has 12 frames"}]}
+    result = run_cpu("extract")
+    assert result.exit_code == 3
+    assert "left out: short: the file has 12 frames" in result.output
+    replaced = {"changed": [{"video": "v", "reason": "has other bytes now"}], "repair": "pipeline cache repair"}
+    composed.returns["extract"] = EXTRACTED | replaced
+    result = run_cpu("extract")
+    assert result.exit_code == 4
+    assert "Make them anew: pipeline cache repair" in result.output
 
 
 def test_failures_exit_with_3_and_are_listed(composed: Composed) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote_plus
@@ -17,6 +24,7 @@ from cache_schema.connections import forget_connections
 from cache_schema.objects import ObjectPath, locate
 from pipeline import doctor
 from pipeline.printing import parse_size, size
+from tests.conftest import PROJECT
 from tests.object_servers import (
     ACCOUNT,
     ACCOUNT_KEY,
@@ -85,11 +93,21 @@ def test_this_machine_is_well_and_every_line_says_what_was_found() -> None:
     result = run("doctor", "--json")
     assert result.exit_code == 0, result.output
     checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
-    assert list(checks) == ["python", "torch", "decoder", "cache format", "disk"]
+    assert list(checks) == ["python", "torch", "decoder", "cache format", "disk", "signals"]
     import torch
 
     assert torch.__version__ in checks["torch"]["detail"]
-    assert "free at" in checks["disk"]["detail"]
+    assert re.search(r"free, /.+ \(.+ at /.*\)", checks["disk"]["detail"])
+    assert checks["signals"]["detail"].startswith("SIGTERM, SIGUSR1, SIGUSR2, SIGHUP: finish the step or shard")
+
+
+def test_signals_that_nohup_ignores_are_named() -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "doctor", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    ignoring = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    done = subprocess.run(command, env=environment, preexec_fn=ignoring, capture_output=True, text=True)
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert "ignored here, as nohup asks: SIGHUP" in checks["signals"]["detail"]
 
 
 def test_a_package_that_is_not_there_exits_with_5(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +173,58 @@ def test_a_store_that_is_away_is_an_error_with_5(s3: str, monkeypatch: pytest.Mo
     assert "no connection" in json.loads(result.stdout.splitlines()[-1])["error"]
 
 
-def test_a_folder_needs_no_probe_and_a_wrong_url_is_usage(tmp_path: Path) -> None:
-    assert doctor.examine(str(tmp_path))["checks"][-1]["name"] == "store"
+def probed(folder: Path) -> dict[str, Any]:
+    return {c["name"].removeprefix("store: "): c for c in doctor.examine(str(folder))["checks"]}
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    result = run("doctor", "--store", str(tmp_path), "--json")
+    assert result.exit_code == 0, result.output
+    checks = probed(tmp_path)
+    for name in ("rename", "fsync", "hard links", "locks"):
+        assert checks[name] == {"name": f"store: {name}", "ok": True, "detail": "as it must be"}
+    assert {"file system", "O_DIRECT", "space"} <= checks.keys()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_links_says_what_that_costs_and_is_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # what FAT and some network disks answer
+
+    monkeypatch.setattr(os, "link", link)
+    checks = probed(tmp_path)
+    assert "two that extract may do one twice" in checks["hard links"]["detail"]
+    assert all(check["ok"] for check in checks.values())
+
+
+def test_a_disk_whose_locks_do_nothing_says_what_that_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.folder_probe.fcntl.flock", lambda *_: None)  # as an NFS mount with local_lock=none
+    assert "two processes hold one lock" in probed(tmp_path)["locks"]["detail"]
+
+
+def test_a_network_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = f"proc /proc proc rw 0 0\n/dev/a / ext4 rw 0 0\nserver:/home {tmp_path} nfs4 rw,vers=4.2 0 0\n"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda p, **k: mounts if str(p) == "/proc/self/mounts" else read(p, **k))
+    assert probed(tmp_path)["file system"]["detail"] == (
+        f"nfs4 at {tmp_path}; a network disk: copies of features on a local disk train faster"
+    )
+
+
+def test_a_read_only_folder_exits_with_5_and_a_full_one_with_75(small_disk: Callable[..., Path]) -> None:
+    folder = small_disk("64k")
+    with suppress(OSError):
+        (folder / "full").write_bytes(bytes(1 << 20))
+    full = run("doctor", "--store", str(folder))
+    assert (full.exit_code, "no space left" in full.stderr) == (75, True), full.output
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    shut = run("doctor", "--store", str(folder))
+    assert (shut.exit_code, str(folder) in shut.stderr) == (5, True), shut.output
+
+
+def test_a_folder_that_is_not_there_and_a_wrong_url_are_usage(tmp_path: Path) -> None:
     assert run("doctor", "--store", str(tmp_path / "none")).exit_code == 2
     assert run("doctor", "--store", "ftp://x/y").exit_code == 2
 
@@ -178,12 +246,6 @@ def test_sizes_are_read_as_people_type_them() -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
-
-
-def test_copies_of_a_folder_are_refused(tmp_path: Path) -> None:
-    result = run("extract-clip", "--cache", str(tmp_path), "--cache-local", str(tmp_path / "copies"), "--dry-run")
-    assert result.exit_code == 2
-    assert "is a folder here" in result.stderr
 
 
 # ---------------------------------------------------------------- nothing holds a credential
@@ -210,7 +272,7 @@ def test_the_whole_pipeline_runs_on_an_object_store_and_never_shows_a_credential
     canaries = [SECRET, ACCOUNT_KEY, KEY if kind == "s3" else ACCOUNT]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    cache = ["--cache", f"{url}/mine", "--cache-local", "copies", "--cache-local-budget", "10MB", "--device", "cpu"]
+    cache = ["--cache", f"{url}/mine", "--device", "cpu"]
     said: list[str] = []
 
     def pipeline(*words: str, code: int = 0) -> None:
@@ -242,7 +304,7 @@ def test_the_whole_pipeline_runs_on_an_object_store_and_never_shows_a_credential
     assert isinstance(store, ObjectPath)
     written = everything_written(tmp_path, store)
     assert {"doctor/mine/zarr.json", str(tmp_path / "run/config.json")} <= written.keys()
-    assert any(name.startswith("doctor/mine/tokens/c/") for name in written)
+    assert any(name.startswith("doctor/mine/tokens/c.") for name in written)
     for canary in [*canaries, *map(quote_plus, canaries)]:
         assert not [text for text in said if canary in text]
         assert not [name for name, data in written.items() if canary in name or canary.encode() in data]

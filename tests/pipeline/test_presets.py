@@ -11,6 +11,7 @@ from pipeline import presets
 from pipeline.errors import ConfigError
 from pipeline.overrides import apply, flatten
 from stages.config import PipelineConfig
+from stages.weights import local_path
 
 LVU = [name for name in presets.PRESETS if name.startswith("lvu-")]
 PAPER = [name for name in presets.PRESETS if name != "miniature"]
@@ -152,5 +153,5 @@ def test_a_cache_name_holds_no_path_of_the_videos() -> None:
 def test_the_parts_of_the_miniature_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = presets.get("miniature")
-    for folder in (config.teacher.model, config.student.tokenizer, config.decode.llm_config):
-        assert Path(folder).is_dir(), folder
+    for folder in (config.teacher.model, config.student.tokenizer, config.decode.llm, config.clip.weights):
+        assert local_path(folder).is_dir(), folder

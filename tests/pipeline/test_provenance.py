@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from pipeline.baselines import baselines
 from pipeline.diagnose import diagnose
 from pipeline.errors import ConfigError
 from pipeline.overrides import apply
+from pipeline.report.build import report
 from pipeline.runs import RunFolder
+from pipeline.scoring import compare
 from pipeline.variants import make_variants
 from stages.config import PipelineConfig
 from stages.data.annotations import AnnotationError
@@ -99,7 +101,22 @@ def look(*_: str) -> Outcome:
     return Outcome(now["levels"], "", now["made_from"] != before["made_from"])
 
 
-CONSUMERS: dict[str, Callable[..., Outcome]] = {
+def compare_runs(*_: str) -> Outcome:
+    found = compare([Path("done"), Path("other")], split="test")
+    return Outcome((found["variants"], found["pairs"], found["answers"]), " ".join(found["warnings"]))
+
+
+def write_report(*_: str) -> Outcome:
+    found = report([Path("done"), Path("other")], out=Path("page.html"), shown=0, progress=lambda *_: None)
+    left_out = " ".join(found["warnings"])
+    if left_out:  # what is refused of one run is named, and the page is made of the others
+        raise ConfigError(left_out)
+    return Outcome((found["answers"], Path("page.html").read_text()))
+
+
+CONSUMERS: dict[str, Callable[..., Outcome]] = {  # tables first: they are of the answers that are there
+    "compare": compare_runs,
+    "report": write_report,
     "resume": lambda *sets: train("half", *sets),
     "done": lambda *sets: train("done", *sets),
     "ablate": ablation,
@@ -150,9 +167,15 @@ def extended(entries: dict[str, Any]) -> None:
 
 
 def other_video(entries: dict[str, Any]) -> None:
-    own = last(entries)["video"]
-    videos = (path.stem for path in sorted(Path("videos").iterdir()))
-    last(entries)["video"] = next(video for video in videos if video != own)
+    other = next(entry for entry in entries.values() if entry["video"] != last(entries)["video"])
+    last(entries).update({key: other[key] for key in ("video", "frame_length")})
+
+
+def shorter(entries: dict[str, Any]) -> None:
+    video = last(entries)["video"]
+    for entry in entries.values():
+        if entry["video"] == video:
+            entry["frame_length"] = 30
 
 
 FIELDS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -160,7 +183,7 @@ FIELDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "answer": set_field("answer", "nothing"),
     "answer_type": set_field("answer_type", "whose"),
     "video": other_video,
-    "frame_length": set_field("frame_length", 30),
+    "frame_length": shorter,
     "question_id": renamed,
     "order": swap,
     "an entry less": dropped,
@@ -233,8 +256,9 @@ class Row:
     named: str = ""  # what refusals say
 
 
-QUESTIONS_LEARNED = "RRR=N="  # a student learns from them or is selected by them; what it answers stays
-QUESTIONS_TEST = "==NNNN"
+QUESTIONS_LEARNED = "==RRR=N="  # a student learns from them or is selected by them; what it answers stays
+# What was answered stays answered: tables are of the questions as they were, and say so by the digest.
+QUESTIONS_TEST = "====NNNN"
 MATRIX: dict[str, Row] = {
     **{
         f"{split}: {name}": Row(QUESTIONS_LEARNED, edit(split, change), named=f"{split} questions")
@@ -242,22 +266,22 @@ MATRIX: dict[str, Row] = {
         for name, change in FIELDS.items()
     },
     **{f"test: {name}": Row(QUESTIONS_TEST, edit("test", change)) for name, change in FIELDS.items()},
-    "annotations moved": Row("=====R", move_annotations, ("data.annotations=questions",), "qa does not exist"),
-    "video file": Row("======", replace_video),
-    "video file, extracted again": Row("RRRNNN", replace_videos_and_extract, named="other video files"),
-    "spec field": Row("RRRRNR", extract_otherwise, named="weights"),
-    "language model": Row("RRRN==", swap_llm, named="decode.llm"),
-    "config.json": Row("RRRR=R", edit_configs, named="student.memory_len"),
-    "checkpoint": Row("RRRR=R", foreign_checkpoint, named="checkpoint of another run"),
-    "data": Row("RRRNN=", sets=("data.prompt_style=paper",), named="data.prompt_style"),
-    "data, speed": Row("======", sets=("data.io=pread",)),
-    "clip": Row("RRRRR=", sets=("clip.layer=4",), named="layer"),
-    "teacher": Row("RRR===", sets=("teacher.timestep=7",), named="timestep"),
-    "extract": Row("RRR===", sets=("extract.batch_size=8",), named="extract.batch_size"),
-    "student": Row("RRRN==", sets=("student.memory_len=3",), named="student.memory_len"),
-    "align": Row("RRR===", sets=("align.head=linear",), named="align.head"),
-    "train": Row("RRR===", sets=("train.lr=0.5",), named="train.lr"),
-    "decode": Row("RRRN==", sets=("decode.repetition_penalty=1",), named="decode.repetition_penalty"),
+    "annotations moved": Row("=======R", move_annotations, ("data.annotations=questions",), "qa does not exist"),
+    "video file": Row("==RRR===", replace_video, named="replaced"),
+    "video file, extracted again": Row("==RRRNNN", replace_videos_and_extract, named="other video files"),
+    "spec field": Row("==RRRRNR", extract_otherwise, named="weights"),
+    "language model": Row("==RRRN==", swap_llm, named="decode.llm"),
+    "config.json": Row("RRRRRR=R", edit_configs, named="student.memory_len"),
+    "checkpoint": Row("RRRRRR=R", foreign_checkpoint, named="checkpoint"),
+    "data": Row("==RRRNN=", sets=("data.num_frames=2",), named="data.num_frames"),
+    "data, speed": Row("========", sets=("data.io=pread",)),
+    "clip": Row("==RRRRR=", sets=("clip.layer=4",), named="layer"),
+    "teacher": Row("==RRR===", sets=("teacher.timestep=7",), named="timestep"),
+    "extract": Row("==RRR===", sets=("extract.batch_size=8",), named="extract.batch_size"),
+    "student": Row("==RRRN==", sets=("student.memory_len=3",), named="student.memory_len"),
+    "align": Row("==RRR===", sets=("align.head=linear",), named="align.head"),
+    "train": Row("==RRR===", sets=("train.lr=0.5",), named="train.lr"),
+    "decode": Row("==RRRN==", sets=("decode.repetition_penalty=1",), named="decode.repetition_penalty"),
 }
 
 
@@ -273,7 +297,8 @@ def study(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "qa").mkdir()
     for split, count in KEPT.items():
         entries = json.loads((world / f"msvd_qa/qa_{split}.json").read_text())
-        (folder / f"qa/qa_{split}.json").write_text(json.dumps(dict(list(entries.items())[:count])))
+        kept = list(entries.items())[:: len(entries) // count][:count]  # of several videos
+        (folder / f"qa/qa_{split}.json").write_text(json.dumps(dict(kept)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         extract()
@@ -284,6 +309,7 @@ def study(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for marker in ("best", "final"):
             Path(f"half/checkpoints/{marker}.json").unlink(missing_ok=True)
         Path("half/checkpoints/latest.json").write_text(json.dumps({"folder": "step-000001", "step": 1}))
+        compose.evaluate(Path("other"), split="test", checkpoint=None, **QUIET)
         for consumer in (evaluate, ablation, fit_baselines):
             consumer()
         Path("done/diagnostics.json").write_text(json.dumps({"made_from": None}))
@@ -313,6 +339,7 @@ def test_nothing_is_done_twice_where_nothing_has_changed(before: Mapping[str, Ou
     assert {name: outcome.letter for name, outcome in before.items()} == dict.fromkeys(CONSUMERS, "=")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MATRIX)
 @pytest.mark.usefixtures("copied")
 def test_what_uses_a_number_notices_that_its_input_has_changed(name: str, before: Mapping[str, Outcome]) -> None:
@@ -330,3 +357,30 @@ def test_what_uses_a_number_notices_that_its_input_has_changed(name: str, before
             assert row.named in outcome.words, (consumer, outcome.words)
         if outcome.letter == "=" and not row.sets:
             assert outcome.numbers == before[consumer].numbers, consumer
+
+
+@pytest.mark.parametrize("name", [name for name, row in MATRIX.items() if row.sets and row.cells[0] == "R"])
+@pytest.mark.usefixtures("copied")
+def test_runs_that_differ_in_more_than_their_seed_are_two_variants(name: str) -> None:
+    done = RunFolder.open(Path("done"))
+    known = done.provenance
+    assert known is not None
+    for folder, sets in (("seed", ("train.seed=1",)), ("changed", ("train.seed=1", *MATRIX[name].sets))):
+        config = config_of(*sets)
+        facts = replace(known, settings=provenance.settings_of(config))
+        RunFolder.create(Path(folder), config, provenance=facts)
+    same, changed = (provenance.variant_settings(RunFolder.open(Path(folder))) for folder in ("seed", "changed"))
+    assert same == provenance.variant_settings(done)
+    assert changed != same
+
+
+@pytest.mark.usefixtures("copied")
+def test_answers_of_another_library_version_are_given_anew_and_a_comparison_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = provenance.packages()
+    monkeypatch.setattr(provenance, "packages", lambda: real | {"transformers": "0.0.1"})
+    found = evaluate()
+    assert found.anew
+    assert f"transformers: '{real['transformers']}' then, '0.0.1' now" in found.words
+    assert "other versions than" in compare_runs().words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -19,11 +20,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import presets
 from pipeline.cli import app
+from pipeline.diagnose import FORMAT
 from pipeline.errors import ConfigError
 from pipeline.overrides import apply
 from pipeline.report import answer, cost, insight, paper, videos
@@ -40,6 +44,16 @@ from tests.conftest import PROJECT
 TRUTHS = ("northwest", "northeast", "southwest", "southeast")
 HOSTILE = "<script>document.title='owned'</script> {{7*7}} =cmd() $\\frac{1}{ \x1b[31mred\x1b[0m \u202egnp"
 Run = Callable[..., Path]
+DRAWN = "w3s0v0000"  # ids of the small world's videos begin so
+LOOKED_AT = {
+    "format": FORMAT,
+    "num_frames": 9,
+    "levels": {"constant": None, "cosine": {}, "cka": [], "similarity": None, "cka_teacher": []},
+    "per_frame": {},
+    "starts": None,
+    "per_sample": {},
+    "operations": {},
+}
 
 
 class Page(HTMLParser):
@@ -87,6 +101,7 @@ def make_run(tmp_path: Path) -> Run:
         config: PipelineConfig | None = None,
         truths: Sequence[str] = TRUTHS,
         prompt: str = "what is the spot of the movie?",
+        video: str = "v",
         records: Sequence[Mapping[str, Any]] = (),
     ) -> Path:
         data = [f"data.annotations={tmp_path}/none", f"data.videos={tmp_path}/none"]
@@ -99,8 +114,8 @@ def make_run(tmp_path: Path) -> Run:
                     line_of(
                         Prediction(
                             f"s{i}",
-                            f"v{i // 2}",
-                            "spot",
+                            f"{video}{i // 2}",
+                            run.config.data.task,
                             prompt,
                             truths[i % 4],
                             (truths[i % 4] if i in right else "no label",),
@@ -167,7 +182,7 @@ def test_one_seed_a_variant_decides_nothing(
     sure = replace(result, contrasts=(replace(contrast, p_holm=0.001),))  # four videos alone have a p of 1/8
     assert answer.headline(sure).verdict == verdict
     tested = {1: "p over videos = 0.001.", 2: "p over videos = 0.001, over seeds 0.5."}
-    assert answer.headline(sure).sentences[0].endswith(tested[len(seeds)])
+    assert answer.headline(sure).sentences[1].endswith(tested[len(seeds)])
 
 
 def test_one_run_alone_is_no_comparison(make_run: Run, tmp_path: Path) -> None:
@@ -216,8 +231,7 @@ def test_labels_name_what_differs() -> None:
 def test_without_the_cache_every_frame_is_encoded_at_every_step(make_run: Run, tmp_path: Path) -> None:
     """Two runs of 10 steps of 16 samples of 9 frames: 320 samples; 100 distinct frames; counts by hand."""
     counted = {"training_sample": 50.0, "encoder_frame": 3.0, "teacher_frame": 7.0}
-    levels = {"constant": None, "cosine": {}, "cka": [], "similarity": None, "cka_teacher": []}
-    seen = {"operations": counted, "levels": levels, "per_frame": {}, "starts": None, "per_sample": {}}
+    seen = LOOKED_AT | {"operations": counted}
     for name, value in (("a", 0), ("b", 1)):
         folder = make_run(f"runs/{name}", f"train.lambda_kd={value}", records=[{"step": 10, "loss_ce": 1.0}])
         (folder / "diagnostics.json").write_text(json.dumps(seen))
@@ -241,7 +255,7 @@ def test_the_claim_about_alike_levels_is_read_off_two_variants_that_differ_in_th
     for name, (alike, *sets) in arms.items():
         folder = make_run(f"runs/{name}", *sets)
         levels = {"constant": None, "cosine": {}, "cka": [], "similarity": alike, "cka_teacher": []}
-        seen = {"operations": {}, "levels": levels, "per_frame": {}, "starts": None, "per_sample": {}}
+        seen = LOOKED_AT | {"levels": levels}
         (folder / "diagnostics.json").write_text(json.dumps(seen))
     (study,) = read_studies([tmp_path / "runs"])
     (told,) = insight._findings(study, study.variants)
@@ -294,21 +308,23 @@ def test_only_runs_on_lvu_stand_in_the_columns_of_lvu(make_run: Run, tmp_path: P
     lvu = presets.get("lvu-relationship")
     truths = ("friend", "husband wife", "friend", "friend")
     make_run("runs/lvu", config=lvu, right=(0, 1, 2), truths=truths)
-    make_run("runs/world", "data.task=relationship", right=(0,))
+    make_run("runs/world", "data.task=relationship", right=(0,), video=DRAWN)
+    make_run(
+        "runs/mine", "data.task=relationship", "data.annotations=mine.json", right=(0, 1), truths=("a", "b", "c", "d")
+    )
     studies = read_studies([tmp_path / "runs"])
     results = [answer.result_of(study) for study in studies]
 
     def scores(variant: Any) -> Any:
         return next((r.of(variant) for r in results if variant in r.study.variants), None)
 
-    one, two, three, *_ = paper.tables(studies, scores)
+    one, two, *_ = paper.tables(studies, scores)
     cells = dict(one.rows)["Relationship (n\u00a0=\u00a091)"]
     assert [cell.text for cell in cells] == ["58.2", "69.2", "not run", "37.5", "not run", "12.5"]
     assert cells[3].kind == "ours"
     assert cells[3].note.startswith("3 of 8")
     wives = dict(two.rows)["Husband & wife"]
     assert (wives[3].text, wives[3].note) == ("50.0", "1 of 2")
-    assert [cell.text for cell in three.rows[0][1]] == ["60.6", "60.8", "not run", "not run"]
     make_run("others/half", "train.lambda_kd=0.5", config=lvu, right=(0, 1, 2), truths=truths)
     (other,) = read_studies([tmp_path / "others"])
     wives = dict(paper.tables([other], answer.result_of(other).of)[1].rows)["Husband & wife"]
@@ -331,12 +347,12 @@ def test_beside_a_point_of_the_paper_stands_the_run_that_is_the_papers_in_everyt
         "h-paper": ("train.lambda_kd=1",),
     }
     for number, (name, sets) in enumerate(arms.items()):
-        make_run(f"runs/{name}", "data.task=relationship", *sets, right=range(number + 1))
+        make_run(f"runs/{name}", "data.task=relationship", *sets, right=range(number + 1), video=DRAWN)
     (study,) = read_studies([tmp_path / "runs"])
     result = answer.result_of(study)
     assert result.reference is not None
     assert result.reference.runs[0].path.name == "b-malmm"
-    one, _, _, table_4, figure_3, figure_4 = paper.tables([study], result.of)
+    one, table_4, figure_3, figure_4 = paper.tables([study], result.of)
 
     def right(table: paper.Table) -> dict[str, str]:
         return {name: cells[-1].note.partition(" of")[0] for name, cells in table.rows if cells[-1].kind == "ours"}
@@ -348,17 +364,100 @@ def test_beside_a_point_of_the_paper_stands_the_run_that_is_the_papers_in_everyt
 
 
 def test_a_student_with_other_settings_than_the_papers_says_so_beside_the_paper(make_run: Run, tmp_path: Path) -> None:
-    make_run("runs/base", "data.task=relationship", "train.lambda_kd=0", right=(0,))
-    make_run("runs/low", "data.task=relationship", "train.lambda_kd=0.1", right=(0, 1, 2))
-    make_run("runs/layer", "data.task=relationship", "train.lambda_kd=1", "teacher.layer=6", right=(0, 1))
+    kinds = {"base": (0,), "low": (0.1,), "layer": (1, "teacher.layer=6"), "seeded": (1, "clip.weights=seed:0")}
+    for number, (name, (weight, *sets)) in enumerate(kinds.items()):
+        all_sets = ("data.task=relationship", f"train.lambda_kd={weight}", *sets)
+        make_run(f"runs/{name}", *all_sets, right=range(number + 1), video=DRAWN)
     (study,) = read_studies([tmp_path / "runs"])
     one, *_, figure_3, figure_4 = paper.tables([study], answer.result_of(study).of)
     base, low = dict(one.rows)["Relationship (n\u00a0=\u00a091)"][-2:]
     assert base.note.startswith("1 of 8")
     assert low.note.startswith("λ = 0.1")
-    assert ": 3 of 8" in low.note
+    assert ": 2 of 8" in low.note
     assert {cells[-1].text for _, cells in figure_4.rows} == {"not run"}
     assert dict(figure_3.rows)["λ = 1"][-1].text == "not run"
+    study.variants = [v for v in study.variants if v.runs[0].path.name == "seeded"]
+    one = paper.tables([study], answer.result_of(study).of)[0]
+    assert "with clip.weights=seed:0: 4 of 8" in dict(one.rows)["Relationship (n\u00a0=\u00a091)"][-1].note
+
+
+def test_beside_anybodys_videos_stands_nothing_of_the_paper(make_run: Run, tmp_path: Path) -> None:
+    """The README's flow: the miniature's preset on other videos, with open questions."""
+    sets = ("data.videos=data/birds", "data.annotations=birds/asked.json")
+    for weight in (0, 0.5, 1):
+        make_run(f"runs/{weight}", *sets, f"train.lambda_kd={weight}", right=(0, 1))
+    for folder in (tmp_path / "runs").iterdir():  # a question type, as the QA layout has it
+        answers = folder / "predictions.jsonl"
+        answers.write_text(answers.read_text().replace('"group": "spot"', '"group": "what"'))
+    page = make(tmp_path / "runs", tmp_path / "page.html")
+    assert "Videos in “birds”, questions of “asked.json”" in page.text
+    for word in ("small world", "Table 1", "Table 4", "Figure 3", ", task", "LVU"):
+        assert word not in page.text, word
+    assert "Nothing has been published about these videos and questions" in page.text
+
+
+@pytest.mark.parametrize(
+    ("sets", "question"),
+    [
+        (("train.lambda_kd=1",), "Does learning from the diffusion teacher make more answers right?"),
+        (
+            ("train.lambda_kd=1", "teacher.weights=seed:0"),
+            "Does learning from an untrained diffusion teacher make more answers right?",
+        ),
+        (
+            ("train.lambda_kd=1", "teacher.name=depth"),
+            "Does learning from the teacher “depth” make more answers right?",
+        ),
+        (
+            ("train.lambda_kd=0", "student.name=no_memory"),
+            "Does the kind of student change how many answers are right?",
+        ),
+    ],
+)
+def test_the_question_is_about_what_differs(
+    make_run: Run, tmp_path: Path, sets: tuple[str, ...], question: str
+) -> None:
+    make_run("runs/a", "train.lambda_kd=0", right=(0,))
+    make_run("runs/b", *sets, right=(0, 1))
+    (study,) = read_studies([tmp_path / "runs"])
+    assert answer.headline(answer.result_of(study)).question == question
+
+
+def entries(path: Path, **splits: range) -> Path:
+    """Videos v0, v1, … in LVU's layout, by split; ``every`` names none."""
+    videos = {
+        f"v{n}": {"duration": 6.0, "num_frames": 60, "spot": "northwest"} | ({} if s == "every" else {"subset": s})
+        for s, numbers in splits.items()
+        for n in numbers
+    }
+    path.write_text(json.dumps(videos))
+    return path
+
+
+def test_questions_of_the_training_set_are_said_to_be_so_first_and_nothing_is_tested(
+    make_run: Run, tmp_path: Path
+) -> None:
+    annotations = entries(tmp_path / "all.json", every=range(8))
+    for weight, right in ((0, ()), (1, range(8))):
+        make_run(f"runs/{weight}", f"data.annotations={annotations}", f"train.lambda_kd={weight}", right=right)
+    page = make(tmp_path / "runs", tmp_path / "page.html")
+    assert "This is no test. Not held out: all 8 test questions are in train too" in page.text
+    assert page.text.index("Not held out") < page.text.index("100.0 %")
+    assert "p (Holm)" not in page.text
+    assert "sign-flip" not in page.text
+    assert "What these comparisons can show" not in page.text
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "runs"), "--json"])
+    (held,) = json.loads(done.stdout)["held_out"]
+    assert (held["held_out"], held["shared"]["train"]) == (False, {"samples": 8, "videos": 8})
+
+
+def test_the_page_says_what_so_many_videos_and_seeds_can_show(make_run: Run, tmp_path: Path) -> None:
+    for seed in range(5):
+        make_run(f"runs/a{seed}", "train.lambda_kd=0", f"train.seed={seed}", right=range(seed))
+        make_run(f"runs/b{seed}", "train.lambda_kd=1", f"train.seed={seed}", right=range(seed + 1))
+    page = make(tmp_path / "runs", tmp_path / "page.html")
+    assert "With 4 videos, no difference can reach p < 0.05; no p over 5 seeds falls below 0.062" in page.text
+    assert "What these comparisons can show" in page.text
 
 
 # ---------------------------------------------------------------- what is missing
@@ -392,6 +491,37 @@ def test_without_videos_the_questions_are_shown_without_pictures(make_run: Run, 
     assert "ground truth" in page.text
 
 
+def test_one_unreadable_run_is_left_out_by_name_and_the_command_says_so(make_run: Run, tmp_path: Path) -> None:
+    make_run("runs/good", right=(0, 1))
+    (make_run("runs/torn") / "config.json").write_text('{"preset": "mini')
+    (make_run("runs/foreign") / "config.json").write_text('{"preset": "miniature", "data": {"name": "nobody"}}')
+    other = make_run("runs/other", "train.seed=3")
+    (other / "sessions.jsonl").write_text('{"command": "train-student", "seconds"\n')
+    (other / "diagnostics.json").write_text(json.dumps(LOOKED_AT | {"format": 99}))
+    (tmp_path / "empty").mkdir()
+    command = [
+        "report",
+        str(tmp_path / "runs"),
+        str(tmp_path / "empty"),
+        "--out",
+        str(tmp_path / "page.html"),
+        "--json",
+    ]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 3, done.output
+    left_out = {Path(part["path"]).name: part["reason"] for part in json.loads(done.stdout)["left_out"]}
+    assert set(left_out) == {"torn", "foreign", "sessions.jsonl", "diagnostics.json", "empty"}
+    assert f"format 99; this version reads {FORMAT}" in left_out["diagnostics.json"]
+    assert "left out: " in done.stderr
+    page = Page((tmp_path / "page.html").read_text())
+    assert "Left out. The page is made without these" in page.text
+    assert str(tmp_path / "runs" / "torn") in page.text
+    for name in ("good", "other"):
+        shutil.rmtree(tmp_path / "runs" / name)
+    with pytest.raises(ConfigError, match=r"no run can be read:\n.*foreign"):
+        report([tmp_path / "runs"], out=None, shown=1, progress=lambda *_: None)
+
+
 def test_no_run_is_an_error_with_a_command(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(ConfigError, match="pipeline train-student"):
@@ -403,6 +533,138 @@ def test_links_out_of_the_folder_are_not_followed(make_run: Run, tmp_path: Path)
     secret = make_run("elsewhere/secret", prompt="what is the secret?")
     (tmp_path / "runs" / "link").symlink_to(secret)
     assert "secret" not in make(tmp_path / "runs", tmp_path / "page.html").text
+
+
+# ---------------------------------------------------------------- damage of any kind
+
+
+def run_with_every_file(folder: Path, weight: int) -> None:
+    """Small, and in the real formats: two frames, three levels."""
+    sets = [f"train.lambda_kd={weight}", "data.annotations=none", "data.videos=none"]
+    run = RunFolder.create(folder, apply(presets.miniature(), sets))
+    (folder / "config.json").write_text(json.dumps(run.config.model_dump(mode="json")))
+    for step in (1, 2, 3):
+        run.log({"step": step, "loss_ce": 1.5, "val_top1": 0.5, "kd/8": -0.5, "w/8": 0.98, "probe/constant": 0.4})
+    facts = {"digest": "ab", "encoder": "e", "weights": "w", "layer": 5, "dtype": "float16", "frame_shape": [3, 4]}
+    run.note_session(
+        {"command": "train-student", "seconds": 2.5, "cpu_seconds": 2.0, "bytes_read": 7, "features": {"tokens": facts}}
+    )
+    (folder / "environment.json").write_text(json.dumps({"packages": {"torch": "2"}, "python": "3", "commit": "ab"}))
+    lines = [Prediction(f"s{i}", f"v{i}", "spot", "where?", TRUTHS[i], (TRUTHS[i * weight],)) for i in range(4)]
+    run.predictions.write_bytes(b"".join(map(line_of, lines)))
+    by_level = {"8": 0.5, "9": 0.6}
+    levels = {"constant": 0.4, "similarity": 0.5, "cka": [[1.0, None], [0.5, 1.0]], "cka_teacher": [0.1, 0.2]}
+    levels |= {"cosine": by_level, "centred": by_level, "weight": by_level, "saturated": by_level}
+    sample = {"cosine": {"8": [0.5, 0.6]}, "attention": [0.4, 0.6], "slots": [[1.0, 0.0], [0.0, 1.0]]}
+    found = {"format": FORMAT, "num_frames": 2, "levels": levels, "per_frame": {"8": [0.5, 0.6], "9": [0.1, None]}}
+    found |= {"starts": [[0.0, 0.0], [1.0, 0.0]], "per_sample": {"s0": sample, "s1": sample}}
+    found |= {"operations": {"training_sample": 10, "encoder_frame": 2, "teacher_frame": 3}}
+    run.diagnostics.write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def every_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound run, one to be damaged, a baseline, and the table of an ablation."""
+    root = tmp_path_factory.mktemp("every") / "runs"
+    run_with_every_file(root / "sound", 0)
+    run_with_every_file(root / "hurt", 1)
+    (root / "probe").mkdir()
+    shutil.copy(root / "hurt" / "predictions.jsonl", root / "probe")
+    (root / "probe" / "probe.json").write_text(
+        json.dumps({"probe": "clip_mean", "seed": 1, "not_fitted": {"who": {"samples": 2, "reason": "no val"}}})
+    )
+    (root / "ablation.json").write_text(json.dumps({"variants": [{"variant": "hurt", "arm": "x"}]}))
+    return root
+
+
+FILES = (
+    *("hurt/config.json", "hurt/environment.json", "hurt/metrics.jsonl", "hurt/sessions.jsonl"),
+    *("hurt/predictions.jsonl", "hurt/diagnostics.json", "probe/probe.json", "ablation.json"),
+)
+
+
+@contextlib.contextmanager
+def instead(path: Path, content: bytes) -> Iterator[None]:
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def test_the_sound_folder_of_these_tests_is_read_whole(every_file: Path, tmp_path: Path) -> None:
+    page = make(every_file, tmp_path / "page.html", shown=1)
+    assert "damaged" not in page.text
+    assert "Left out" not in page.text
+    assert (
+        "clip_mean: not fitted to 2 questions, where it gives the most frequent training answer (no val)" in page.text
+    )
+    for heading in ("Learning", "What the alignment does", "What the memory holds, and what is read"):
+        assert heading in page.words
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_at_any_byte_leaves_the_other_runs_readable(every_file: Path, name: str) -> None:
+    content = (every_file / name).read_bytes()
+    left_out: list[Path] = []
+    for length in range(len(content)):
+        left_out.clear()
+        with instead(every_file / name, content[:length]):
+            studies = read_studies([every_file], lambda path, _: left_out.append(path))
+        assert "sound" in {run.name for study in studies for run in study.runs}
+        if name.endswith(".json") and name != "ablation.json" and length < len(content.rstrip()):
+            assert left_out, length
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from([10**400, -1, 0]) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | st.just("8"), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, part in parts for place in places(part, (*path, key)))]
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = put(value[path[0]], path[1:], new)
+    return copy
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), name=st.sampled_from(FILES))
+def test_a_value_of_any_other_type_in_any_file_still_gives_a_page(
+    every_file: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str
+) -> None:
+    lines = [json.loads(line) for line in (every_file / name).read_text().splitlines()] if "jsonl" in name else None
+    whole = lines or json.loads((every_file / name).read_text())
+    place = data.draw(st.sampled_from(places(whole)))
+    changed = put(whole, place, data.draw(JSON))
+    if lines and isinstance(changed, list):
+        text = "".join(json.dumps(line) + "\n" for line in changed)
+    else:
+        text = json.dumps(changed)
+    with instead(every_file / name, text.encode()):
+        out = tmp_path_factory.mktemp("page") / "page.html"
+        report([every_file], out=out, shown=1, progress=lambda *_: None)
+    assert "sound" in out.read_text()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000, b"\0" * 64, b'"text"', b"1e999"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_not_what_its_name_says_leaves_the_other_runs_readable(
+    every_file: Path, name: str, content: bytes
+) -> None:
+    with instead(every_file / name, content + b"\n"):
+        studies = read_studies([every_file])
+    assert "sound" in {run.name for study in studies for run in study.runs}
 
 
 # ---------------------------------------------------------------- strangers' texts
@@ -563,7 +825,7 @@ def test_a_real_run_fills_every_section(real: tuple[Path, Path]) -> None:
     assert "× the operations" in page.text
     assert page.tags.count("img") == 2 * 9
     (study,) = read_studies([real[0]])
-    modalities = {name for run in study.runs for s in run.sessions for name in s.get("features", {})}
+    modalities = {name for run in study.runs for name in run.features}
     assert modalities == {"tokens", "pooled/layer8"}
 
 

@@ -16,7 +16,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertTokenizerFast, LlamaConfig, PreTrainedTokenizerFast
 
 from cache_schema.plan import Segment
-from cache_schema.store import FeatureStore, SegmentResult, write_tasks_together
+from cache_schema.store import FeatureStore
+from cache_schema.write import SegmentResult, write_task
 from stages.config import DecodeConfig, StudentConfig
 from stages.data.samples import CachedSamples
 from stages.decode.llm import CausalLM
@@ -130,7 +131,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> CachedSamples:
         return SegmentResult(iter([batch]), facts=dict)
 
     for task in stores["tokens"].pending():
-        write_tasks_together(stores, task, produce)
+        write_task(stores, task, produce)
     prompt = "what is the relationship of the movie ?"
     samples = [
         Sample(

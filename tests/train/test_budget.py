@@ -38,15 +38,19 @@ def test_a_budget_holds_as_many_samples_as_fit(make_student: Callable[..., Stude
 
 
 @pytest.mark.parametrize(
-    ("frames", "questions", "recompute"),
-    [("all", [0], False), ("last", [0], False), ("all", [0], True), ("all", [0] * 8, False)],
-    ids=["all frames", "last frame", "recomputed layers", "8 questions"],
+    ("frames", "questions", "recompute", "dropout"),
+    [
+        *[("all", [0], False, dropout) for dropout in (0.0, 0.1)],
+        *[("last", [0], False, dropout) for dropout in (0.0, 0.1)],
+        *[("all", [0], True, dropout) for dropout in (0.0, 0.1)],
+        *[("all", [0] * 8, False, dropout) for dropout in (0.0, 0.1)],
+    ],
 )
 def test_the_formula_is_near_what_is_alive_at_once_and_not_below_it(
-    make_wide: Callable[..., Student], frames: str, questions: list[int], recompute: bool
+    make_wide: Callable[..., Student], frames: str, questions: list[int], recompute: bool, dropout: float
 ) -> None:
     """Of a step whose widths stand to each other as in the paper's; counted by the profiler, weights apart."""
-    student, prompts = make_wide(recompute_layers=recompute), ["what is the color?"] * len(questions)
+    student, prompts = make_wide(recompute_layers=recompute, dropout=dropout), ["what is the color?"] * len(questions)
     num_frames, tokens, width = 24, 40, 220
     f = torch.randn(1, num_frames, tokens, width)
     text = student.tokenize(prompts)[0].shape[1]
@@ -81,11 +85,11 @@ def most_alive(step: Callable[[], None]) -> int:
 def make_wide(make_student: Callable[..., Student]) -> Callable[..., Student]:
     """A student of four layers, 128 wide."""
 
-    def make(**settings: bool) -> Student:
+    def make(**settings: bool | float) -> Student:
         small = make_student()
         cfg = StudentConfig(
             init="seed:0", num_layers=4, hidden_size=128, num_heads=4, intermediate_size=512, num_queries=8,
-            memory_len=5, dropout=0.0, **settings,
+            memory_len=5, **settings,
         )  # fmt: skip
         return Student(cfg, small.tokenizer, clip_width=220, llm_width=32)
 

@@ -8,10 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.train.memory import MemoryBank, merge_choice, merge_pairs
+from stages.train.plan import merge_plan
 
 
 def literal_bank(frames: torch.Tensor, max_len: int) -> tuple[list[list[torch.Tensor]], list[list[int]]]:
-    """MA-LMM's rule with Python lists, one sample: per token a list of entries and of sizes."""
+    """MA-LMM's rule with Python lists, one sample: per token a list of entries and of sizes.
+
+    One entry too many: the neighbours with the highest cosine become their mean, weighted by size.
+    """
     num_tokens = frames.shape[1]
     entries: list[list[torch.Tensor]] = [[] for _ in range(num_tokens)]
     sizes: list[list[int]] = [[] for _ in range(num_tokens)]
@@ -21,7 +25,7 @@ def literal_bank(frames: torch.Tensor, max_len: int) -> tuple[list[list[torch.Te
             sizes[n].append(1)
             if len(entries[n]) > max_len:
                 pairs = zip(entries[n], entries[n][1:], strict=False)
-                cosines = [round(float(F.cosine_similarity(a, b, dim=0)), 6) for a, b in pairs]
+                cosines = [float(F.cosine_similarity(a, b, dim=0)) for a, b in pairs]
                 j = cosines.index(max(cosines))
                 a, b = sizes[n][j], sizes[n][j + 1]
                 entries[n][j : j + 2] = [(a * entries[n][j] + b * entries[n][j + 1]) / (a + b)]
@@ -61,15 +65,58 @@ def test_it_merges_as_the_rule_written_with_lists(num_frames: int, max_len: int,
             assert bank.sizes[b, :, n].tolist() == sizes[n]
 
 
-def test_of_equal_pairs_the_first_is_merged() -> None:
+def test_of_several_repeats_the_first_is_merged() -> None:
     same = torch.ones(1, 4, 2, 3)
     assert merge_choice(same).tolist() == [[0, 0]]
 
 
-def test_rounding_noise_does_not_decide_between_equal_pairs() -> None:
+def test_a_repeat_comes_before_a_pair_whose_cosine_only_rounds_to_one() -> None:
+    """By rounding, neighbours that point the same way may get a cosine above the one of two equal vectors."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        a, b = torch.randn(2, 7, dtype=torch.float64, generator=generator)
+        values = torch.stack([a, a * (1 + 1e-9), -a, b, b])[None, :, None]
+        assert merge_choice(values).tolist() == [[3]]
+
+
+def test_of_pairs_that_are_nearly_alike_the_more_similar_one_is_merged() -> None:
     values = torch.ones(1, 4, 1, 3, dtype=torch.float64)
-    values[0, 1, 0, 0] += 1e-5  # the first pair is now less similar than the last by less than 1e-6
-    assert merge_choice(values).tolist() == [[0]]
+    values[0, :, 0, 0] += torch.tensor([0, 1e-5, 2e-5, 2.9e-5])  # cosines of 1 - 1e-11 and less far from 1 at the end
+    assert merge_choice(values).tolist() == [[2]]
+
+
+@given(num_frames=st.integers(2, 40), seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_a_run_of_repeats_stays_the_frame_that_it_repeats(num_frames: int, seed: int, dtype: torch.dtype) -> None:
+    """To the last bit, however its entries were merged: else the next repeat would be none."""
+    frame = torch.randn(1, 1, 3, 5, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    bank = fill(frame.expand(1, num_frames, 3, 5), 3)
+    assert bank.values is not None
+    assert torch.equal(bank.values, frame.expand(1, min(num_frames, 3), 3, 5))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=4, max_size=7),
+    max_len=st.integers(2, 4),
+    batch=st.integers(1, 3),
+    width=st.sampled_from([3, 37, 160]),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_a_video_of_repeated_frames_merges_alike_in_the_bank_and_in_the_plan(
+    lengths: list[int], max_len: int, batch: int, width: int, seed: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.randn(batch, len(lengths), 2, width, dtype=dtype, generator=generator)
+    frames = torch.cat([pictures[:, [i]].expand(-1, n, -1, -1) for i, n in enumerate(lengths)], 1)
+    plan, bank = merge_plan(frames.transpose(0, 1), max_len), MemoryBank.empty(max_len)
+    for t in range(frames.shape[1] - 1):
+        bank = bank.append(frames[:, t])
+        assert bank.slots is not None
+        rows = plan.rows_at(t + 1)  # [R, B, N], by slot
+        assert bank.sizes is not None
+        singles = bank.sizes == 1
+        frame_in_slot = rows.transpose(0, 1).gather(1, bank.slots)
+        assert torch.equal(frame_in_slot < frames.shape[1], singles)
 
 
 def test_each_token_index_merges_its_own_pair() -> None:

@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stages.train import parallel
 from stages.train.memory import MemoryBank
-from stages.train.plan import PlanCache, merge_plan
+from stages.train.plan import MergePlan, PlanCache, merge_plan
 from stages.train.student import Student, num_aligned_frames
 
 PROMPTS = ["what is the relationship of the movie ?", "who runs ?", "scene"]
@@ -149,6 +150,16 @@ def test_gradient_through_the_banks_is_the_slope_of_the_loss(
         assert float(gradient.abs().max()) > 1e-6
 
 
+def starts(plan: MergePlan, t: int) -> torch.Tensor:
+    """First frame of every bank entry that step t reads, in order of time [k, B, N], from the positions alone."""
+    order = torch.arange(min(t, plan.max_len))[:, None, None]
+    first = order.expand(-1, *plan.position.shape[1:])
+    for j in range(max(0, t - plan.max_len)):
+        longer = torch.cat([first, torch.full_like(first[:1], plan.max_len + j)])  # K + 1 at the time of merge j
+        first = longer.gather(0, order + (order > plan.position[j]).long())
+    return first
+
+
 def test_the_plan_tells_the_entries_of_every_bank(features: Callable[..., torch.Tensor]) -> None:
     f = features(2, 9)
     plan, bank = merge_plan(f.transpose(0, 1), 3), MemoryBank.empty(3)
@@ -156,13 +167,32 @@ def test_the_plan_tells_the_entries_of_every_bank(features: Callable[..., torch.
         if t:
             assert bank.values is not None
             assert bank.sizes is not None
-            starts = plan.starts(t).transpose(0, 1)  # [B, k, N]
-            ends = torch.cat([starts[:, 1:], torch.full_like(starts[:, :1], t)], 1)
-            assert torch.equal((ends - starts).double(), bank.sizes)
+            first = starts(plan, t).transpose(0, 1)  # [B, k, N]
+            ends = torch.cat([first[:, 1:], torch.full_like(first[:, :1], t)], 1)
+            assert torch.equal((ends - first).double(), bank.sizes)
             assert torch.equal(
                 bank.slots_followed_by(f[:, t]).flatten(1).sort(1).values[:, -1], torch.tensor([min(t, 3)] * 2)
             )
         bank = bank.append(f[:, t])
+
+
+def test_in_float32_query_states_merge_as_their_cosines_in_float64_say(
+    make_student: Callable[..., Student], features: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+
+    def noted(x: torch.Tensor, max_len: int) -> MergePlan:
+        plans.append((x, merge_plan(x, max_len)))
+        return plans[-1][1]
+
+    monkeypatch.setattr(parallel, "merge_plan", noted)
+    student = make_student(dtype=torch.float32, num_layers=6, max_frames=60, memory_len=20)
+    torch.nn.init.zeros_(student.image_pe.weight)
+    student((features(1, 1) + 1e-2 * features(1, 60, seed=1)).float(), PROMPTS[:1], frames="all")
+    assert len(plans) == 6
+    for states, plan in plans:
+        queries = states[:, :, :5].double()  # the text of layer 2 repeats itself but for rounding
+        assert torch.equal(plan.position[:, :, :5], merge_plan(queries, 20).position)
 
 
 def test_repeated_frames_tie_alike_in_both_forms(make_student: Callable[..., Student]) -> None:

@@ -13,7 +13,8 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from cache_schema.spec import FeatureSpec
-from cache_schema.store import FeatureStore, SegmentResult, write_tasks_together
+from cache_schema.store import FeatureStore
+from cache_schema.write import SegmentResult, write_task
 from stages.train import probes
 from stages.train.probes import Frames, ProbeRefused, Space, Splits
 from stages.types import Sample
@@ -52,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, FeatureSt
         return SegmentResult(iter([{name: part[i] for name, part in parts.items()}]), facts=dict)
 
     for task in stores["tokens"].pending():
-        write_tasks_together(stores, task, produce)
+        write_task(stores, task, produce)
     return {"clip": stores["tokens"], "teacher": stores["pooled/layer8"]}, facts
 
 
@@ -244,8 +245,34 @@ def test_probes_are_fitted_per_prompt_where_prompts_are_few_else_per_group(
     assert cut["which color?"] == one
     monkeypatch.setattr(probes, "MAX_PROMPTS", 1)
     assert {name: len(parts.test) for name, parts in probes.tasks(both).items()} == {"color": 2 * SIZES["test"]}
+
+
+def test_open_questions_share_a_probe_per_type(ask: Callable[[str], Splits]) -> None:
+    """A question that is asked once has no probe of its own."""
+    splits = Splits(*([replace(s, prompt=f"{s.prompt} {i}") for i, s in enumerate(part[:20])] for part in ask("color")))
+    assert {name: len(parts.train) for name, parts in probes.tasks(splits).items()} == {"color": 20}
+
+
+def test_a_task_without_val_samples_gets_the_most_frequent_answer_and_the_others_their_probe(
+    stores: dict[str, FeatureStore], ask: Callable[[str], Splits]
+) -> None:
+    one, other = ask("color"), ask("place")._replace(val=[])
+    both = Splits(*([*a, *b] for a, b in zip(one, other, strict=True)))
+    told: list[tuple[int, int]] = []
+    color, place = probes.fit_tasks(probes.clip_mean, stores, both, seed=0, log=lambda *done: told.append(done))
+    assert (color.task, color.refused) == ("which color?", "")
+    assert np.array_equal(color.answers.log_probs, probes.clip_mean(stores, one).log_probs)
+    assert "'which place?' has 160 training and 0 val samples" in place.refused
+    assert place.answers.ranked(1) == probes.majority(stores, other).ranked(1)
+    assert told[0] == (0, 200)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
     with pytest.raises(ProbeRefused, match="has 160 training and 0 val samples"):
-        probes.tasks(one._replace(val=[]))
+        probes.fit_tasks(probes.clip_mean, stores, other, seed=0)
+    assert not probes.fit_tasks(probes.majority, stores, other, seed=0)[0].refused
+    no_train = Splits(one.train, one.val, [replace(s, prompt="?", group="new") for s in one.test])
+    assert set(probes.fit_tasks(probes.majority, stores, no_train, seed=0)[0].answers.ranked(1)) == set(
+        probes.majority(stores, one).ranked(1)
+    )
 
 
 def test_what_a_probe_cannot_do_is_refused(

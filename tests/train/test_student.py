@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizerFast,
     InstructBlipConfig,
@@ -21,7 +23,7 @@ from transformers import (
 
 from stages.train.noise import Site
 from stages.train.qformer import Attention
-from stages.train.student import Student, build, load_instructblip, num_aligned_frames
+from stages.train.student import Student, build, load_instructblip, load_trained, num_aligned_frames, read_instructblip
 
 PROMPTS = ["what is the relationship of the movie ?", "who runs ?"]  # different lengths: the second is padded
 ALL = tuple(range(1, 6))
@@ -38,7 +40,7 @@ def naive(student: Student, f: torch.Tensor, prompts: list[str]) -> list[list[to
         columns, counts = [], []
         for n in range(stacked.shape[1]):
             column, count = list(stacked[:, n]), [size[n] for size in sizes]
-            cosine = [round(float(F.cosine_similarity(a, b, dim=0)), 6) for a, b in itertools.pairwise(column)]
+            cosine = [float(F.cosine_similarity(a, b, dim=0)) for a, b in itertools.pairwise(column)]
             j = cosine.index(max(cosine))
             merged = (count[j] * column[j] + count[j + 1] * column[j + 1]) / (count[j] + count[j + 1])
             column[j : j + 2], count[j : j + 2] = [merged], [count[j] + count[j + 1]]
@@ -95,8 +97,20 @@ def test_the_student_equals_the_recurrence_written_with_lists(
         want = naive(student, f[b : b + 1], [PROMPTS[b]])
         for t in range(num_frames):
             for u in ALL:
-                torch.testing.assert_close(out.hidden[u][b, t], want[t][u - 1][:5], rtol=0, atol=1e-10)
-        torch.testing.assert_close(out.prefix[b], student.llm_proj(want[-1][-1][:5]), rtol=0, atol=1e-10)
+                torch.testing.assert_close(out.hidden[u][b, t], want[t][u - 1][:5], rtol=0, atol=1e-12)
+        torch.testing.assert_close(out.prefix[b], student.llm_proj(want[-1][-1][:5]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("evaluation", ["reference", "lean", "parallel"])
+def test_query_states_that_are_nearly_alike_merge_by_their_true_cosines(
+    make_student: MakeStudent, features: MakeFeatures, evaluation: str
+) -> None:
+    """Frames that differ in their fourth digit: cosines of query states then differ far behind the sixth decimal."""
+    student = make_student(evaluation=evaluation, num_layers=6)
+    f = features(1, 1) + 1e-3 * features(1, 12, seed=1)
+    out, want = student(f, PROMPTS[:1], levels=range(1, 8), frames="all"), naive(student, f, PROMPTS[:1])
+    for t, u in itertools.product(range(12), range(1, 8)):
+        torch.testing.assert_close(out.hidden[u][0, t], want[t][u - 1][:5], rtol=0, atol=1e-12)
 
 
 def test_output_at_t_is_blind_to_later_frames_and_sees_all_earlier_ones(
@@ -232,12 +246,76 @@ def test_another_clip_or_llm_width_is_said_aloud(make_student: MakeStudent, inst
 
 def test_a_checkpoint_of_another_shape_is_refused(make_student: MakeStudent, instructblip_folder: Path) -> None:
     cfg = make_student().cfg.model_copy(update={"init": str(instructblip_folder), "tokenizer": "", "num_queries": 6})
-    with pytest.raises(ValueError, match="query_tokens"):
+    with pytest.raises(ValueError, match=r"query_tokens(?s:.*):  --set student\.num_queries=5$"):
         build(cfg, clip_width=10, llm_width=8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_queries": 6, "num_layers": 3, "intermediate_size": 24},
+        {"hidden_size": 15, "num_layers": 6, "cross_attention_every": 3},
+    ],
+)
+def test_the_settings_that_a_refused_checkpoint_names_are_those_that_fit(
+    make_student: MakeStudent, instructblip_folder: Path, settings: dict[str, int]
+) -> None:
+    cfg = make_student().cfg.model_copy(update={"init": str(instructblip_folder), "tokenizer": "", **settings})
+    with pytest.raises(ValueError, match="Take the sizes of the checkpoint") as caught:
+        build(cfg, clip_width=10, llm_width=8)
+    fitting = dict(re.findall(r"--set student\.(\w+)=(\d+)", str(caught.value)))
+    build(cfg.model_copy(update={key: int(value) for key, value in fitting.items()}), clip_width=10, llm_width=8)
+
+
+def one_row_more(folder: Path, target: Path, rows: int = 1) -> Path:
+    shutil.copytree(folder, target)
+    for file in target.glob("*.safetensors"):
+        tensors = load_file(file)
+        for key in tensors:
+            if key.endswith("word_embeddings.weight") and "qformer" in key:
+                tensors[key] = torch.cat([tensors[key], torch.ones(rows, 12)])
+        save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def test_a_checkpoint_with_one_word_more_names_its_own_tokenizer(
+    make_student: MakeStudent, instructblip_folder: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    folder = one_row_more(instructblip_folder, tmp_path / "one-more")
+    tokenizer = BertTokenizerFast.from_pretrained(bert_folder)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.save_pretrained(folder / "qformer_tokenizer")
+    cfg = make_student().cfg.model_copy(update={"init": str(folder), "tokenizer": str(bert_folder)})
+    with pytest.raises(ValueError, match=r"1 token more \(\[DEC\]\?\)(?s:.*)  --set student\.tokenizer=$"):
+        build(cfg, clip_width=10, llm_width=8)
+    student = build(cfg.model_copy(update={"tokenizer": ""}), clip_width=10, llm_width=8)
+    assert student.qformer.embeddings.word_embeddings.num_embeddings == 16
+
+
+def test_the_word_that_ma_lmm_adds_to_bert_is_added_here_too(
+    make_student: MakeStudent, instructblip_folder: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    folder = one_row_more(instructblip_folder, tmp_path / "released", rows=30_523 - 15)
+    words = BertTokenizerFast.from_pretrained(bert_folder).get_vocab()
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join([*sorted(words, key=words.__getitem__), *(f"w{n}" for n in range(30_522 - 15))]) + "\n")
+    BertTokenizerFast(vocab=str(vocab)).save_pretrained(tmp_path / "bert")
+    settings = {"init": str(folder), "tokenizer": str(tmp_path / "bert")}
+    student = build(make_student().cfg.model_copy(update=settings), clip_width=10, llm_width=8)
+    assert student.tokenizer.bos_token_id == 30_522
+    plain = BertTokenizerFast.from_pretrained(tmp_path / "bert")
+    assert student.tokenize(["what is the scene"])[0].tolist() == [plain("what is the scene").input_ids]
+
+
+def test_a_trained_student_of_other_sizes_names_the_settings_it_was_trained_with(make_student: MakeStudent) -> None:
+    trained = make_student(num_queries=7, max_frames=20).state_dict()
+    with pytest.raises(ValueError, match=r"query_tokens is \(1, 7, 12\)") as caught:
+        load_trained(make_student(), trained, source="step-3")
+    assert str(caught.value).endswith(":  --set student.num_queries=7 --set student.max_frames=20")
 
 
 def test_a_checkpoint_with_a_missing_tensor_is_refused(make_student: MakeStudent, tmp_path: Path) -> None:
     student = make_student(dtype=torch.float32)
     save_file({"query_tokens": torch.zeros(1, 5, 12)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds no tensor"):
-        load_instructblip(student, tmp_path)
+        load_instructblip(student, read_instructblip(tmp_path), source=tmp_path)

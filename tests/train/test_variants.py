@@ -30,7 +30,7 @@ def recast(student: Student, kind: type[Student]) -> Student:
 def test_with_one_frame_it_is_the_ordinary_student(
     make_student: Make, features: Callable[..., torch.Tensor], kind: type[Student]
 ) -> None:
-    student, f = make_student(), features(2, 1)
+    student, f = make_student(per_frame_pe=True), features(2, 1)
     expected = student(f, PROMPTS, levels=(1, 3, 5), frames="all")
     got = recast(student, kind)(f, PROMPTS, levels=(1, 3, 5), frames="all")
     torch.testing.assert_close(got.prefix, expected.prefix)
@@ -38,8 +38,22 @@ def test_with_one_frame_it_is_the_ordinary_student(
         torch.testing.assert_close(got.hidden[level], expected.hidden[level])
 
 
+def test_every_frame_goes_in_without_its_position_as_in_malmm_without_banks(
+    make_student: Make, features: Callable[..., torch.Tensor]
+) -> None:
+    """Frame after frame through an ordinary student whose PE is zero; the PE of this one is not, and is not trained."""
+    student, f = recast(make_student(), EveryFrame), features(2, 4)
+    assert float(student.image_pe.weight.detach().abs().min()) > 0
+    assert not student.image_pe.weight.requires_grad
+    ordinary = recast(student, Student)
+    torch.nn.init.zeros_(ordinary.image_pe.weight)
+    one_by_one = torch.cat([ordinary(f[:, [t]], PROMPTS).prefix for t in range(4)], 1)
+    torch.testing.assert_close(student(f, PROMPTS).prefix, one_by_one, rtol=0, atol=1e-12)
+    assert not torch.allclose(recast(make_student(per_frame_pe=True), EveryFrame)(f, PROMPTS).prefix, one_by_one)
+
+
 def test_a_frame_knows_nothing_of_the_others(make_student: Make, features: Callable[..., torch.Tensor]) -> None:
-    student, f = make_student(), features(2, 4)
+    student, f = make_student(per_frame_pe=True), features(2, 4)
     changed = f.clone()
     changed[:, 1] = f[:, 1].flip(-1)  # not a shift, which ln_vision would take away
     last, every = recast(student, LastFrame), recast(student, EveryFrame)
@@ -68,7 +82,7 @@ def test_aligned_frames_are_those_of_the_setting(
 def test_training_moves_every_part_that_the_task_reaches(
     make_student: Make, decoder: CausalLM, cached: CachedSamples, build: Callable[..., Student], tokens: int
 ) -> None:
-    cfg = make_student().cfg
+    cfg = make_student(per_frame_pe=True).cfg
     student = build(cfg, clip_width=10, llm_width=decoder.width)
     align, train = AlignConfig(levels=(3, 5)), TrainConfig(epochs=1, batch_size=7, lr=1e-2, warmup_steps=0)
     trainer = Trainer(student, Alignment(align, hidden_size=12, target_size=6), decoder, train, align)

@@ -1,41 +1,43 @@
-"""MA-LMM's frame folders as a FrameSource: ``<root>/<video_id>/frame%06d.jpg``."""
+"""Frame folders as a FrameSource: MA-LMM's ``<root>/<video_id>/frame%06d.jpg``, or another numbering."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from cache_schema.report import SourceFile
 from stages.data.sources.folder_ids import FolderIds
 from stages.data.sources.frame_grid import Rejected
 from stages.data.sources.image_frames import (
     FOLDER_FPS,
-    MAX_JPEG_BYTES,
+    MAX_IMAGE_BYTES,
+    NUMBERED,
     ImageSequence,
     StoredFrame,
+    frames_of,
     image_decoder,
     image_rule,
-    number_of,
+    one_numbering,
 )
-from stages.data.sources.picture_batches import LastRead, checked_index, in_batches
-from stages.types import SourceFacts, VideoRejected
+from stages.data.sources.limits import Limits
+from stages.data.sources.picture_batches import DEFAULT_LIMITS, checked_index, rejecting
+from stages.types import Extent, VideoFrames
 
 
 class FrameFolders:
-    """One folder of JPEGs per video, extracted at ``folder_fps``; an id is the name of its folder.
+    """One folder of images per video, extracted at ``folder_fps``; an id is the path of its folder: ``a/b``.
 
     Args:
         root: the folder of those folders.
         fps: the grid that indices count on; where it is not ``folder_fps``, indices map by time.
-        folder_fps: frames per second at which the JPEGs were extracted.
-        max_pixels: width × height of one JPEG; larger ones are refused before they are decoded.
-        max_duration_s: seconds; longer sequences are refused.
+        folder_fps: frames per second at which the images were extracted.
+        limits: what one video may cost.
+        around_damage: give the frames before and after a gap, instead of refusing the video (D81).
         follow_symlinks: allow links that leave ``root``.
     """
 
@@ -45,14 +47,19 @@ class FrameFolders:
         *,
         fps: float | int = FOLDER_FPS,
         folder_fps: float | int = FOLDER_FPS,
-        max_pixels: int = 50_000_000,
-        max_duration_s: float | int = 4 * 3600.0,
+        limits: Limits = DEFAULT_LIMITS,
+        around_damage: bool = False,
         follow_symlinks: bool = False,
     ) -> None:
         self.fps, self.folder_fps = float(fps), float(folder_fps)
-        self.max_pixels, self.max_duration_s = max_pixels, float(max_duration_s)
-        self._folder = FolderIds(root, counts=os.DirEntry.is_dir, id_of=str, follow_symlinks=follow_symlinks)
-        self._last = LastRead()
+        self.limits, self.around_damage = limits, around_damage
+        self._folder = FolderIds(
+            root,
+            counts=os.DirEntry.is_dir,
+            id_of=str,
+            is_branch=holds_folders_only,
+            follow_symlinks=follow_symlinks,
+        )
 
     @property
     def frame_rule(self) -> str:
@@ -74,66 +81,67 @@ class FrameFolders:
 
     def count_frames(self, video_id: str) -> int:
         """Number of grid frames by the highest frame number. Raises VideoRejected."""
-        try:
-            return self._sequence(video_id).count()
-        except Rejected as error:
-            raise VideoRejected(video_id, error.kind, error.reason) from error
+        return self.extent(video_id).count
 
-    def frames(
-        self, video_id: str, frame_index: Int[np.ndarray, " n"], *, batch_size: int
-    ) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+    def extent(self, video_id: str) -> Extent:
+        """Which grid frames can be had, by the numbers of the files. Raises VideoRejected."""
+        with rejecting(video_id):
+            return self._sequence(video_id).extent()
+
+    def unasked(self, video_ids: Iterable[str]) -> list[str]:
+        """Ids of the folders that none of these ids means."""
+        return self._folder.unasked(video_ids)
+
+    def frames(self, video_id: str, frame_index: Int[np.ndarray, " n"], *, batch_size: int) -> VideoFrames:
         """RGB frames in the order of ``frame_index``; up to two indices past the end give the last frame.
 
-        Raises VideoRejected; the frames already given are then void.
+        Raises VideoRejected, also on the way; the frames already given are then void.
         """
         wanted = checked_index(frame_index)
-        self._last.forget()
-        try:
-            sequence = self._sequence(video_id)
-            numbers, clamped = sequence.numbers(wanted)
-            yield from in_batches(sequence.pictures(numbers), batch_size)
-        except Rejected as error:
-            raise VideoRejected(video_id, error.kind, error.reason) from error
-        self._last.remember(video_id, sequence.facts(video_id, numbers, clamped))
+        with rejecting(video_id):
+            return VideoFrames(frames_of(self._sequence(video_id), video_id, wanted, batch_size))
 
     def file(self, video_id: str) -> SourceFile:
         """Names and sizes of the frames as they are now. Raises VideoRejected."""
-        try:
+        with rejecting(video_id):
             # Facts are of names and sizes alone, so their hash costs nothing and needs no time to be asked for.
             return self._sequence(video_id).file(math.inf)
-        except Rejected as error:
-            raise VideoRejected(video_id, error.kind, error.reason) from error
-
-    def facts(self, video_id: str) -> SourceFacts:
-        """Facts of the video whose frames were read last to the end. Raises KeyError for any other."""
-        return self._last[video_id]
 
     def close(self) -> None:
         """Nothing is held open."""
 
     def _sequence(self, video_id: str) -> ImageSequence:
         folder = self._folder.path(video_id)
-        frames: dict[int, StoredFrame] = {}
+        sizes: dict[str, int] = {}
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    number = number_of(entry.name)
-                    if number is None:
+                    if not NUMBERED.fullmatch(entry.name):
+                        sizes[entry.name] = 0
                         continue
                     if entry.is_symlink():
                         self._folder.refuse_outside(video_id, Path(entry.path))
                     if not entry.is_file():
                         raise Rejected("not_a_file", f"{entry.name} is not a regular file")
-                    size = entry.stat().st_size
-                    if size > MAX_JPEG_BYTES:
-                        raise Rejected("too_large", f"{entry.name} has {size} bytes, too many for one frame")
-                    frames[number] = StoredFrame(entry.name, size, partial(Path(entry.path).read_bytes))
+                    sizes[entry.name] = entry.stat().st_size
         except OSError as error:
             raise Rejected("unreadable", f"the folder cannot be listed: {error.strerror}") from error
+        frames: dict[int, StoredFrame] = {}
+        for number, name in one_numbering(sizes).items():
+            if sizes[name] > MAX_IMAGE_BYTES:
+                raise Rejected("too_large", f"{name} has {sizes[name]} bytes, too many for one frame")
+            frames[number] = StoredFrame(name, sizes[name], (folder / name).read_bytes)
         return ImageSequence(
-            frames,
-            fps=self.fps,
-            folder_fps=self.folder_fps,
-            max_pixels=self.max_pixels,
-            max_duration_s=self.max_duration_s,
+            frames, fps=self.fps, folder_fps=self.folder_fps, limits=self.limits, around_damage=self.around_damage
         )
+
+
+def holds_folders_only(folder: Path) -> bool:
+    """Whether a folder has sub-folders and no numbered image: it is not a video itself, but may hold some."""
+    sub_folders = False
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if NUMBERED.fullmatch(entry.name):
+                return False
+            sub_folders |= not entry.name.startswith(".") and entry.is_dir()
+    return sub_folders

@@ -8,7 +8,7 @@ it needs nothing but the standard library.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 # Matroska counts in milliseconds, so a picture due at 0.1 s may be stamped 0.101 s after the first one.
@@ -16,6 +16,7 @@ EPSILON = Fraction(1, 1000)
 # MA-LMM's frame counts differ by 1–2 between ffmpeg versions (MA-LMM#37), so up to two grid steps past the end are
 # answered with the last picture and counted. Two steps, not a time: it is a miscount of grid frames, at any fps.
 CLAMP_STEPS = 2
+AROUND_DAMAGE = "To use the frames around it: a new --cache, with --set data.around_damage=true"
 
 
 class Rejected(Exception):
@@ -57,3 +58,14 @@ def count_clamped(wanted: Sequence[int], count: int, rate: Fraction) -> int:
             f"the video ends after {count} frames ({float(count / rate):.1f} s)",
         )
     return sum(1 for index in wanted if index >= count)
+
+
+def runs_of(index: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """(first, last) of each run of consecutive numbers in a sorted sequence."""
+    runs: list[tuple[int, int]] = []
+    for i in index:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1] = (runs[-1][0], i)
+        else:
+            runs.append((i, i))
+    return tuple(runs)

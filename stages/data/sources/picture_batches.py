@@ -1,16 +1,37 @@
-"""What the three frame sources share: checked indices, batches of one size, and the facts of the video read last."""
+"""What the three frame sources share: checked indices, batches of one size, default limits, and whose fault it was."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from stages.types import SourceFacts
+from stages.config import DataConfig
+from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.limits import Limits
+from stages.types import VideoRejected
 
 MAX_BATCH_BYTES = 256 << 20  # 8K pictures come two at a time, whatever the batch size
+
+
+def limits_of(cfg: DataConfig) -> Limits:
+    """What one video may cost by these settings."""
+    return Limits(cfg.max_pixels, cfg.max_duration_s, cfg.decode_timeout_s)
+
+
+DEFAULT_LIMITS = limits_of(DataConfig())
+
+
+@contextlib.contextmanager
+def rejecting(video_id: str) -> Iterator[None]:
+    """Names the video in a rejection that passes through: Rejected becomes VideoRejected."""
+    try:
+        yield
+    except Rejected as error:
+        raise VideoRejected(video_id, error.kind, error.reason) from error
 
 
 def checked_index(frame_index: Int[np.ndarray, " n"]) -> list[int]:
@@ -36,24 +57,3 @@ def in_batches(
         held.append(picture)
     if held:
         yield np.stack(held)
-
-
-class LastRead:
-    """Facts of the one video whose frames were read last to the end."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, SourceFacts] = {}
-
-    def forget(self) -> None:
-        """A new video is being read."""
-        self._known = {}
-
-    def remember(self, video_id: str, facts: SourceFacts) -> None:
-        """Its last frame was given."""
-        self._known = {video_id: facts}
-
-    def __getitem__(self, video_id: str) -> SourceFacts:
-        """Raises KeyError for any other video."""
-        if video_id not in self._known:
-            raise KeyError(f"{video_id}: its frames were not the last ones read to the end")
-        return self._known[video_id]

@@ -1,8 +1,8 @@
 """What is inside a WebDataset tar: where each video or frame lies, and what was left out and why.
 
-Keys and extensions are WebDataset's: ``folder/abc.frame000001.jpg`` has key ``abc`` and extension ``frame000001.jpg``
-(all after the first dot of the file name). Nothing is extracted, so no path is ever made from a member's name; no
-member but a video or a numbered JPEG is looked at, so nothing is unpickled.
+Keys and extensions are WebDataset's: ``folder/abc.frame000001.jpg`` has key ``folder/abc`` and extension
+``frame000001.jpg`` (all after the first dot of the file name). Nothing is extracted, so no path is ever made from a
+member's name; no member but a video or a numbered JPEG is looked at, so nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stages.data.ids import unsafe_reason
 from stages.data.sources.folder_ids import VIDEO_SUFFIX, key_of
-from stages.data.sources.image_frames import MAX_JPEG_BYTES, number_of
+from stages.data.sources.image_frames import MAX_IMAGE_BYTES, number_of, printable
 from stages.data.sources.video_process import VideoPart
 
 
@@ -34,13 +34,14 @@ class TarVideo:
 
     first: str  # the member that made it, for messages
     video: VideoPart | None = None
+    suffix: str = ""  # the video's extension, without its dot
     frames: dict[int, tuple[str, VideoPart]] = field(default_factory=dict)  # number -> name and place
     clash: str = ""  # a later member that claims the same place; neither can be trusted then
 
 
 def split_key(name: str) -> tuple[str, str] | None:
-    """(key, extension) of a member's name as WebDataset splits it, without the folder; None for other names."""
-    match = re.fullmatch(r"(?:.*/)?([^./][^./]*)\.([^/]+)", name, re.DOTALL)
+    """(key, extension) of a member's name as WebDataset splits it, without a leading ``./``; None for other names."""
+    match = re.fullmatch(r"(?:\./)*((?:.*/)?[^./]+)\.([^/]+)", name, re.DOTALL)
     return (match[1], match[2]) if match else None
 
 
@@ -89,7 +90,7 @@ def why_skipped(member: tarfile.TarInfo, total: int) -> str:
     if split := split_key(member.name):
         if reason := unsafe_reason(split[0]):
             return f"its key {reason}"
-        if number_of(split[1]) is not None and member.size > MAX_JPEG_BYTES:
+        if number_of(split[1]) is not None and member.size > MAX_IMAGE_BYTES:
             return f"{member.size} bytes are too many for one frame"
         if VIDEO_SUFFIX.fullmatch(os.path.splitext(split[1])[1]):
             return f"a key has no dot: WebDataset reads this as {split[0]!r} with extension {split[1]!r}"
@@ -110,12 +111,6 @@ def add_member(member: tarfile.TarInfo, path: Path, shown: str, videos: dict[str
     if found.video is not None or (found.frames and number is None) or number in found.frames:
         found.clash = found.clash or name
     elif number is None:
-        found.video = place
+        found.video, found.suffix = place, split[1]
     else:
         found.frames[number] = (split[1], place)
-
-
-def printable(name: str) -> str:
-    """A member's name for a message."""
-    text = os.fsencode(name).decode("utf-8", "replace")[:200]
-    return "".join(char if char.isprintable() else "�" for char in text)

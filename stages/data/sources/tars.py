@@ -10,7 +10,7 @@ its decoders are not used, because they unpickle; both is what WDS_SECURE=1 is f
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import http.client
 import logging
 import math
@@ -20,22 +20,31 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from cache_schema.report import SourceFile
-from stages.data.sources.folder_ids import key_of, refuse_bad_id
-from stages.data.sources.frame_grid import Rejected
-from stages.data.sources.image_frames import FOLDER_FPS, ImageSequence, StoredFrame, image_decoder, image_rule
-from stages.data.sources.picture_batches import LastRead, checked_index, in_batches
+from stages.data.ids import unsafe_reason
+from stages.data.sources.folder_ids import key_of, near_misses, refuse_bad_id
+from stages.data.sources.image_frames import (
+    FOLDER_FPS,
+    ImageSequence,
+    StoredFrame,
+    frames_of,
+    image_decoder,
+    image_rule,
+)
+from stages.data.sources.limits import Limits
+from stages.data.sources.picture_batches import DEFAULT_LIMITS, checked_index, rejecting
 from stages.data.sources.tar_index import SkippedMember, TarVideo, add_tar
 from stages.data.sources.video_files import VideoReader, file_of, video_rule
-from stages.data.sources.video_process import VideoLimits, VideoPart
-from stages.types import SourceFacts, VideoRejected
+from stages.data.sources.video_process import VideoPart
+from stages.types import Extent, VideoFrames, VideoRejected
+from stages.urls import without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +53,16 @@ ATTEMPTS = 3
 
 
 class WebDatasetTars:
-    """Videos in one or more WebDataset tars; an id is a key without its folder.
+    """Videos in one or more WebDataset tars; an id is a key, with or without a video's extension: ``folder/abc``.
+
+    Where one key only ends in it, the name without its folder is an id too: ``abc``.
 
     Args:
         tars: a path or http(s) URL, with braces for many: ``/data/train-{000..009}.tar``.
         fps: the grid that indices count on.
         folder_fps: frames per second at which JPEG members were extracted.
-        max_pixels: width × height of one frame; larger ones are refused before anything is decoded.
-        max_duration_s: seconds; longer videos are refused before anything is decoded.
-        timeout_s: wall clock for one video in the decoder process.
+        limits: what one video may cost.
+        around_damage: give the frames before and after a damaged spot, instead of refusing the video (D81).
     """
 
     def __init__(
@@ -61,15 +71,13 @@ class WebDatasetTars:
         *,
         fps: float | int,
         folder_fps: float | int = FOLDER_FPS,
-        max_pixels: int = 50_000_000,
-        max_duration_s: float | int = 4 * 3600.0,
-        timeout_s: float | int = 600.0,
+        limits: Limits = DEFAULT_LIMITS,
+        around_damage: bool = False,
     ) -> None:
         """Fetch what is remote and index all tars. Raises ValueError for what is no tar, OSError for a failed fetch."""
         self.fps, self.folder_fps = float(fps), float(folder_fps)
-        self.max_pixels, self.max_duration_s = max_pixels, float(max_duration_s)
-        self._reader = VideoReader(VideoLimits(max_pixels, float(max_duration_s), float(timeout_s)), fps=self.fps)
-        self._last: LastRead = self._reader.last
+        self.limits, self.around_damage = limits, around_damage
+        self._reader = VideoReader(limits, fps=self.fps, around_damage=around_damage)
         self._videos: dict[str, TarVideo] = {}
         self.skipped: list[SkippedMember] = []
         self._spool: tempfile.TemporaryDirectory[str] | None = None
@@ -80,6 +88,13 @@ class WebDatasetTars:
         except BaseException:
             self.close()
             raise
+        self._keys: dict[str, list[str]] = {}  # what an id may be -> keys
+        for key, video in self._videos.items():
+            names = {key, key.rpartition("/")[2]}
+            if video.video is not None:
+                names |= {f"{name}.{video.suffix}" for name in names}
+            for name in names:
+                self._keys.setdefault(name, []).append(key)
         for member in self.skipped:
             log.warning("%s: %s is left out: %s", member.tar, member.member, member.reason)
 
@@ -101,55 +116,47 @@ class WebDatasetTars:
 
     def has(self, video_id: str) -> bool:
         """Whether a tar holds a video or frames under this key."""
-        with contextlib.suppress(VideoRejected):
-            refuse_bad_id(video_id)
-            return key_of(video_id) in self._videos
-        return False
+        return not unsafe_reason(video_id) and key_of(video_id) in self._keys
 
     def count_frames(self, video_id: str) -> int:
-        """Number of grid frames by packets or by the highest frame number. Raises VideoRejected."""
-        found = self._find(video_id)
-        if found.video is not None:
-            return self._reader.count(video_id, found.video)
-        try:
-            return self._sequence(found).count()
-        except Rejected as error:
-            raise VideoRejected(video_id, error.kind, error.reason) from error
+        """Number of grid frames. Raises VideoRejected."""
+        return self.extent(video_id).count
 
-    def frames(
-        self, video_id: str, frame_index: Int[np.ndarray, " n"], *, batch_size: int
-    ) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+    def extent(self, video_id: str) -> Extent:
+        """Which grid frames can be had: by packets, by frame numbers, or ``around_damage`` by decoding.
+
+        Raises VideoRejected.
+        """
+        member = self._find(video_id)
+        if member.video is not None:
+            return self._reader.extent(video_id, member.video)
+        with rejecting(video_id):
+            return self._sequence(member).extent()
+
+    def unasked(self, video_ids: Iterable[str]) -> list[str]:
+        """Keys that none of these ids means."""
+        asked = {key for video_id in video_ids for key in self._keys.get(key_of(video_id), ())}
+        return [key for key in self.video_ids() if key not in asked]
+
+    def frames(self, video_id: str, frame_index: Int[np.ndarray, " n"], *, batch_size: int) -> VideoFrames:
         """RGB frames in the order of ``frame_index``; up to two indices past the end give the last frame.
 
-        Raises VideoRejected; the frames already given are then void.
+        Raises VideoRejected, also on the way; the frames already given are then void.
         """
         wanted = checked_index(frame_index)
-        self._last.forget()
-        found = self._find(video_id)
-        if found.video is not None:
-            yield from self._reader.frames(video_id, found.video, wanted, batch_size)
-            return
-        try:
-            sequence = self._sequence(found)
-            numbers, clamped = sequence.numbers(wanted)
-            yield from in_batches(sequence.pictures(numbers), batch_size)
-        except Rejected as error:
-            raise VideoRejected(video_id, error.kind, error.reason) from error
-        self._last.remember(video_id, sequence.facts(video_id, numbers, clamped))
+        member = self._find(video_id)
+        if member.video is not None:
+            return VideoFrames(self._reader.frames(video_id, member.video, wanted, batch_size))
+        with rejecting(video_id):
+            return VideoFrames(frames_of(self._sequence(member), video_id, wanted, batch_size))
 
     def file(self, video_id: str) -> SourceFile:
         """The tar member, or the frames, as they are now. Raises VideoRejected."""
-        found = self._find(video_id)
-        if found.video is not None:
-            return file_of(video_id, found.video)
-        try:
-            return self._sequence(found).file(math.inf)  # as for frame folders
-        except Rejected as error:
-            raise VideoRejected(video_id, error.kind, error.reason) from error
-
-    def facts(self, video_id: str) -> SourceFacts:
-        """Facts of the video whose frames were read last to the end. Raises KeyError for any other."""
-        return self._last[video_id]
+        member = self._find(video_id)
+        if member.video is not None:
+            return file_of(video_id, member.video)
+        with rejecting(video_id):
+            return self._sequence(member).file(math.inf)  # as for frame folders
 
     def close(self) -> None:
         """End the decoder processes and remove fetched tars."""
@@ -164,26 +171,32 @@ class WebDatasetTars:
 
     def _find(self, video_id: str) -> TarVideo:
         refuse_bad_id(video_id)
-        found = self._videos.get(key_of(video_id))
-        if found is None:
+        keys = self._keys.get(key_of(video_id), [])
+        if key_of(video_id) in self._videos:
+            keys = [key_of(video_id)]  # a whole key goes before the end of a longer one
+        if not keys:
+            near = near_misses(video_id, self.video_ids())
             left = f"; {len(self.skipped)} members were left out, see the log" if self.skipped else ""
-            raise VideoRejected(video_id, "missing_file", f"no tar holds a video or frames under this key{left}")
-        if found.clash:
-            reason = f"two members claim this key: {found.first} and {found.clash}"
+            raise VideoRejected(video_id, "missing_file", f"no tar holds a video or frames under this key{near}{left}")
+        if len(keys) > 1:
+            raise VideoRejected(video_id, "ambiguous_id", f"{len(keys)} keys end in this id: {' and '.join(keys[:3])}")
+        member = self._videos[keys[0]]
+        if member.clash:
+            reason = f"two members claim this key: {member.first} and {member.clash}"
             raise VideoRejected(video_id, "ambiguous_id", reason)
-        return found
+        return member
 
-    def _sequence(self, found: TarVideo) -> ImageSequence:
+    def _sequence(self, member: TarVideo) -> ImageSequence:
         frames = {
             number: StoredFrame(name, place.size or 0, partial(read_part, place))
-            for number, (name, place) in found.frames.items()
+            for number, (name, place) in member.frames.items()
         }
         return ImageSequence(
             frames,
             fps=self.fps,
             folder_fps=self.folder_fps,
-            max_pixels=self.max_pixels,
-            max_duration_s=self.max_duration_s,
+            limits=self.limits,
+            around_damage=self.around_damage,
         )
 
     def _local(self, name: str, number: int) -> tuple[Path, str]:
@@ -193,7 +206,7 @@ class WebDatasetTars:
             if self._spool is None:
                 self._spool = tempfile.TemporaryDirectory(prefix="diff-lmm-tars-")
             path = Path(self._spool.name) / f"{number:06d}.tar"
-            shown = urllib.parse.urlunsplit((parts.scheme, (parts.hostname or "") + parts.path, "", "", ""))
+            shown = without_credentials(name)
             fetch(name, path, shown)
             return path, shown
         if parts.scheme == "file":
@@ -224,6 +237,17 @@ def read_part(place: VideoPart) -> bytes:
         return os.pread(tar.fileno(), place.size or 0, place.offset)
 
 
+def _request(url: str) -> urllib.request.Request:
+    """A request without user and password in its host; they go into a header that no redirection takes along."""
+    parts = urllib.parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl())
+    if at:
+        plain = urllib.parse.unquote(user).encode()
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(plain).decode()}")
+    return request
+
+
 def fetch(url: str, path: Path, shown: str) -> None:
     """Copy an http(s) resource to ``path``, checking its length; three attempts. Raises OSError."""
     opener = urllib.request.OpenerDirector()  # http and https only, also after a redirect
@@ -238,7 +262,7 @@ def fetch(url: str, path: Path, shown: str) -> None:
         opener.add_handler(handler())
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with opener.open(url, timeout=CONNECT_S) as response, path.open("wb") as file:
+            with opener.open(_request(url), timeout=CONNECT_S) as response, path.open("wb") as file:
                 shutil.copyfileobj(response, file, 1 << 20)
                 promised = response.headers.get("Content-Length")
             if promised is None or path.stat().st_size == int(promised):
@@ -248,6 +272,9 @@ def fetch(url: str, path: Path, shown: str) -> None:
             failure = f"the server answers {error.code}"
             if error.code < 500:
                 break
+        except (http.client.InvalidURL, ValueError):  # its text may hold the password
+            failure = "that is not a URL; a slash in a password is written %2F, an @ is written %40"
+            break
         except (OSError, http.client.HTTPException) as error:
             failure = f"{type(error).__name__}: {error}"
         if attempt == ATTEMPTS:

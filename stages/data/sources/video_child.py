@@ -3,10 +3,11 @@
 It reads hostile files with C libraries, so it holds nothing worth taking, may be killed at any moment, and says
 everything by messages (video_wire.py). Requests come on stdin, answers go to stdout:
 
-    ->  {"op": "frames", "path", "offset", "size", "index", "fps", "max_pixels", "max_duration_s", "timeout_s"}
+    ->  {"op": "frames", "path", "offset", "size", "index", "fps", "around_damage", "limits": {..}}
     <-  {"is": "picture", "index": [..], "pts", "height", "width", "bytes"} + RGB     as often as needed, in order
-    <-  {"is": "done", "size", "sha256", "clamped"}   or   {"is": "rejected", "kind", "reason"}
-    ->  {"op": "count", ..}    <-  {"is": "count", "frames"}   or rejected
+    <-  {"is": "done", "size", "sha256", "clamped", "count", "damaged", "hdr"}
+        or   {"is": "rejected", "kind", "reason"}
+    ->  {"op": "extent", ..}    <-  {"is": "extent", "count", "damaged"}   or rejected
 
 It ends when stdin closes, which is also when its parent dies, whatever the parent died of. A decoder that hangs in C
 without giving back the interpreter lock is ended by the kernel's timer instead.
@@ -29,9 +30,9 @@ import av
 from av.error import FFmpegError
 
 from stages.data.sources.frame_grid import Rejected, as_rate
-from stages.data.sources.video_decode import Selection, count_grid_frames
+from stages.data.sources.limits import Limits
+from stages.data.sources.video_decode import Selection
 from stages.data.sources.video_sniff import open_window, refuse_what_is_no_video, sha256_of
-from stages.data.sources.video_timeline import Limits
 from stages.data.sources.video_wire import Message, receive, send
 
 GRACE_S = 10.0  # the parent kills at timeout_s; the kernel's timer only has to end an orphan
@@ -97,9 +98,9 @@ class Timer:
         self.left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def answer(request: Message, answers: int) -> None:
+def answer(request: dict[str, Any], answers: int) -> None:
     """Do one request. Whatever the file is to blame for is answered with ``rejected``."""
-    timer = Timer(float(str(request["timeout_s"])) + GRACE_S)
+    timer = Timer(float(request["limits"]["timeout_s"]) + GRACE_S)
 
     def reply(message: Message, payload: memoryview | None = None) -> None:
         timer.pause()
@@ -123,14 +124,15 @@ def answer(request: Message, answers: int) -> None:
 
 def work(request: dict[str, Any], reply: Callable[..., None]) -> Message:
     """Open the file, check it, and do what the request asks. Returns the last message."""
-    limits = Limits(request["max_pixels"], request["max_duration_s"])
+    limits = Limits(**request["limits"])
     rate = as_rate(request["fps"])
     with open_window(request["path"], request["offset"], request["size"]) as window:
         before = os.fstat(window.fd)
         refuse_what_is_no_video(window)
-        if request["op"] == "count":
-            return {"is": "count", "frames": count_grid_frames(window, rate, limits)}
-        selection = Selection(window, request["index"], rate, limits)
+        selection = Selection(window, request["index"], rate, limits, around_damage=request["around_damage"])
+        if request["op"] == "extent":
+            count, damaged = selection.extent()
+            return {"is": "extent", "count": count, "damaged": damaged}
         for picture in selection:
             height, width, _ = picture.rgb.shape
             header: Message = {"is": "picture", "index": picture.index, "pts": picture.pts}
@@ -139,7 +141,8 @@ def work(request: dict[str, Any], reply: Callable[..., None]) -> Message:
         after = os.fstat(window.fd)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise Rejected("changed", "the file was written to while it was read")
-        return {"is": "done", "size": window.size, "sha256": digest, "clamped": selection.clamped}
+        facts = {"clamped": selection.clamped, "count": selection.count, "damaged": selection.damaged}
+        return {"is": "done", "size": window.size, "sha256": digest, "hdr": selection.hdr, **facts}
 
 
 if __name__ == "__main__":

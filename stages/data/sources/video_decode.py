@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import heapq
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,12 +16,12 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from stages.data.sources.frame_grid import Rejected, count_clamped, grid_count, ticks_at
+from stages.data.sources.frame_grid import AROUND_DAMAGE, Rejected, count_clamped, grid_count, runs_of, ticks_at
+from stages.data.sources.limits import Limits
 from stages.data.sources.video_rgb import Rgb, ToRgb
 from stages.data.sources.video_sniff import Window
 from stages.data.sources.video_timeline import (
     TS_DISCONT,
-    Limits,
     Timeline,
     choose_stream,
     open_container,
@@ -44,28 +44,91 @@ class Picture:
     rgb: Rgb  # [h, w, 3]
 
 
-class Selection:
-    """The pictures of one video that answer ``wanted`` (sorted, unique), in order; ``clamped`` is known at the end."""
+class Damage:
+    """Stretches [from, until) of time, in ticks, whose pictures do not decode."""
 
-    def __init__(self, window: Window, wanted: Sequence[int], rate: Fraction, limits: Limits) -> None:
+    def __init__(self) -> None:
+        self.spots: list[tuple[int, int]] = []
+        self.since: int | None = None  # of a spot whose end is not known yet
+
+    def begin(self, last: int | None, timeline: Timeline) -> None:
+        """Decoding failed after the picture at ``last``. Where its successor belongs, nobody knows: from there on."""
+        if self.since is None:
+            self.since = timeline.start if last is None else last + timeline.step
+
+    def end(self, until: int) -> None:
+        """Pictures are whole again from here on."""
+        if self.since is not None and until > self.since:
+            self.spots.append((self.since, until))
+        self.since = None
+
+    def hides(self, moment: int) -> bool:
+        """Whether the picture on screen at this time is lost."""
+        return any(since <= moment < until for since, until in self.spots)
+
+
+class Selection:
+    """The pictures of one video that answer ``wanted`` (sorted, unique), in order.
+
+    Known at the end: ``clamped``, ``count`` (grid frames of the video), ``damaged`` (runs of grid frames up to the last
+    wanted one that do not decode) and ``hdr``.
+    """
+
+    def __init__(
+        self, window: Window, wanted: Sequence[int], rate: Fraction, limits: Limits, *, around_damage: bool = False
+    ) -> None:
         self.window, self.wanted, self.rate, self.limits = window, wanted, rate, limits
-        self.clamped = 0
+        self.around_damage = around_damage
+        self.clamped, self.count, self.hdr = 0, 0, ""
+        self.damaged: tuple[tuple[int, int], ...] = ()
 
     def __iter__(self) -> Iterator[Picture]:
         """Decode up to the last wanted picture. Raises Rejected."""
-        with open_container(self.window, self.limits) as container:
-            timeline = read_timeline(container, choose_stream(container, self.limits), self.window, self.limits)
+        timeline = self._timeline()
         with open_container(self.window, self.limits) as container:  # again from the start: not all formats seek
             yield from self._pictures(container, choose_stream(container, self.limits), timeline)
 
+    def extent(self) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Number of grid frames by the packets' times, and runs of those that do not decode. Raises Rejected.
+
+        Without ``around_damage`` nothing is decoded, and nothing is known to be damaged.
+        """
+        timeline = self._timeline()
+        count = grid_count(timeline.duration, self.rate)
+        if not (self.around_damage and timeline.by_pts):
+            return count, ()
+        damage, shown = Damage(), timeline.start
+        with open_container(self.window, self.limits) as container:
+            stream = choose_stream(container, self.limits)
+            for upcoming, _ in in_order(decoded(container, stream, timeline, self.limits, damage), timeline):
+                note_gap(damage, shown, upcoming, timeline)
+                shown = upcoming
+        note_gap(damage, shown, timeline.end, timeline)
+        return count, self._damaged_runs(damage, timeline.start, count, timeline)
+
+    def _timeline(self) -> Timeline:
+        with open_container(self.window, self.limits) as container:
+            return read_timeline(container, choose_stream(container, self.limits), self.window, self.limits)
+
+    def _damaged_runs(self, damage: Damage, first: int, count: int, timeline: Timeline) -> tuple[tuple[int, int], ...]:
+        if not damage.spots:
+            return ()
+        moments = (first + ticks_at(index, self.rate, timeline.time_base) for index in range(count))
+        return runs_of(index for index, moment in enumerate(moments) if damage.hides(moment))
+
     def _pictures(self, container: InputContainer, stream: VideoStream, timeline: Timeline) -> Iterator[Picture]:
-        frames = in_order(decoded(container, stream, timeline, self.limits), timeline)
+        damage = Damage() if self.around_damage and timeline.by_pts else None
+        frames = in_order(decoded(container, stream, timeline, self.limits, damage), timeline)
         first, newest = next(frames, (0, None))
         if newest is None:
             raise Rejected("no_frames", "no picture of the video stream can be decoded")
+        self.hdr = hdr_of(newest)
+        if damage is not None:
+            first = min(first, *(since for since, _ in damage.spots), first)
         # Decoding times run ahead of the pictures by a constant, so they give a length but not an end.
         length = timeline.end - (first if timeline.by_pts else timeline.start)
-        self.clamped = count_clamped(self.wanted, grid_count(length * timeline.time_base, self.rate), self.rate)
+        self.count = grid_count(length * timeline.time_base, self.rate)
+        self.clamped = count_clamped(self.wanted, self.count, self.rate)
         to_rgb = ToRgb()
         shown = (first, newest)
         due = [(index, first + ticks_at(index, self.rate, timeline.time_base)) for index in self.wanted]
@@ -75,6 +138,8 @@ class Selection:
             answered = at
             while answered < len(due) and (upcoming is None or due[answered][1] < upcoming[0]):
                 refuse_gap(shown[0], due[answered][1], timeline)
+                if damage is not None and damage.hides(due[answered][1]):
+                    raise Rejected("decode_error", f"frame {due[answered][0]} lies in a damaged spot")
                 answered += 1
             if answered > at:
                 pts = round(float(shown[0] * timeline.time_base), 6)
@@ -82,26 +147,35 @@ class Selection:
                 at = answered
             if upcoming is not None:
                 shown = upcoming
+        if damage is not None and self.wanted:
+            self.damaged = self._damaged_runs(damage, first, min(self.count, self.wanted[-1] + 1), timeline)
 
 
 def decoded(
-    container: InputContainer, stream: VideoStream, timeline: Timeline, limits: Limits
+    container: InputContainer, stream: VideoStream, timeline: Timeline, limits: Limits, damage: Damage | None = None
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Every picture with its presentation time in ticks, in the decoder's order.
 
     A picture without a time follows the one before it by an average frame.
     What comes before the first key frame may fail: a recording of a broadcast starts anywhere.
+    With ``damage``, a failure is noted there and decoding goes on at the next key frame.
 
     Raises:
-        Rejected: ``decode_error`` at the first packet that does not decode or picture that had to be patched up;
-            ``too_large``.
+        Rejected: ``decode_error`` at the first packet that does not decode or picture that had to be patched up, unless
+            ``damage`` is given; ``too_large``.
     """
     codec = stream.codec_context
     codec.thread_count = 1  # workers run in parallel, one video each
     codec.options = {"max_pixels": str(limits.allocation)}
     may_start_broken = bool(container.format.flags & TS_DISCONT)
     key_seen, last = not timeline.has_keys, None
+    earliest: int | None = None  # after damage: pictures before the key frame may need what was lost
     for packet in chain(packets(container, stream), [None]):  # None: the decoder gives what it still holds
+        if damage is not None and damage.since is not None and earliest is None:
+            if packet is None or not packet.is_keyframe or packet.pts is None:
+                continue
+            codec.flush_buffers()
+            earliest = packet.pts
         try:
             key_seen |= packet is not None and packet.is_keyframe
             frames = codec.decode(packet)
@@ -111,22 +185,47 @@ def decoded(
             refuse_large(codec.width, codec.height, limits)
             if error.errno == errno.ENOMEM:
                 raise MemoryError from error
-            raise failed_at(last, timeline, error.strerror or type(error).__name__) from error
+            if damage is None:
+                raise failed_at(last, timeline, error.strerror or type(error).__name__) from error
+            damage.begin(last, timeline)
+            earliest = None
+            continue
         for frame in frames:
             refuse_large(frame.width, frame.height, limits)
             if frame.is_corrupt:
                 if last is None and may_start_broken:
                     continue
-                raise failed_at(last, timeline, "the decoder had to make up parts of a damaged picture")
+                if damage is None:
+                    raise failed_at(last, timeline, "the decoder had to make up parts of a damaged picture")
+                damage.begin(last, timeline)
+                earliest = None
+                break
             known = frame.pts if timeline.by_pts else frame.dts
-            last = known if known is not None else (timeline.start if last is None else last + timeline.step)
-            yield last, frame
+            time = known if known is not None else (timeline.start if last is None else last + timeline.step)
+            if earliest is not None and damage is not None:
+                if time < earliest:
+                    continue
+                damage.end(time)
+                earliest = None
+            last = time
+            yield time, frame
+    if damage is not None:
+        damage.end(timeline.end)
 
 
 def failed_at(last: int | None, timeline: Timeline, why: str) -> Rejected:
     """The rejection of a video that stops decoding after the picture at ``last``."""
     at = 0.0 if last is None else float((last + timeline.step - timeline.start) * timeline.time_base)
-    return Rejected("decode_error", f"decoding fails at {at:.1f} s of {float(timeline.duration):.1f} s: {why}")
+    return Rejected(
+        "decode_error",
+        f"decoding fails at {at:.1f} s of {float(timeline.duration):.1f} s: {why}. {AROUND_DAMAGE}",
+    )
+
+
+def hdr_of(frame: VideoFrame) -> str:
+    """The transfer function or gamut that RGB of an ordinary screen lacks, by ITU-T H.273, or the empty string."""
+    transfer = {16: "PQ", 18: "HLG"}.get(int(frame.color_trc), "")
+    return transfer or ("BT.2020" if int(frame.color_primaries) == 9 else "")
 
 
 def in_order(frames: Iterable[tuple[int, Frame]], timeline: Timeline) -> Iterator[tuple[int, Frame]]:
@@ -164,11 +263,11 @@ def refuse_gap(shown: int, due: int, timeline: Timeline) -> None:
     promised = timeline.times[max(0, bisect_right(timeline.times, due) - 1)]
     if (promised - shown) * timeline.time_base > MAX_GAP:
         begin, end = (float((time - timeline.start) * timeline.time_base) for time in (shown, promised))
-        raise Rejected("decode_error", f"nothing decodes between {begin:.1f} s and {end:.1f} s")
+        raise Rejected("decode_error", f"nothing decodes between {begin:.1f} s and {end:.1f} s. {AROUND_DAMAGE}")
 
 
-def count_grid_frames(window: Window, rate: Fraction, limits: Limits) -> int:
-    """Number of grid frames by the packets' times, without decoding. Raises Rejected."""
-    with open_container(window, limits) as container:
-        stream = choose_stream(container, limits)
-        return grid_count(read_timeline(container, stream, window, limits).duration, rate)
+def note_gap(damage: Damage, shown: int, upcoming: int, timeline: Timeline) -> None:
+    """Note as damage what ``refuse_gap`` refuses between two pictures."""
+    promised = timeline.times[max(0, bisect_left(timeline.times, upcoming) - 1)]
+    if (promised - shown) * timeline.time_base > MAX_GAP:
+        damage.spots.append((shown + timeline.step, upcoming))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,18 @@ from jaxtyping import Int, UInt8
 
 from cache_schema.report import SourceFile
 from stages.data.sources.folder_ids import FolderIds, is_video_name, without_suffix
-from stages.data.sources.frame_grid import Rejected
-from stages.data.sources.picture_batches import LastRead, checked_index, in_batches
-from stages.data.sources.video_process import ReadFacts, VideoDecoder, VideoLimits, VideoPart
+from stages.data.sources.limits import Limits
+from stages.data.sources.picture_batches import DEFAULT_LIMITS, checked_index, in_batches, rejecting
+from stages.data.sources.video_process import ReadFacts, VideoDecoder, VideoPart
 from stages.data.sources.video_sniff import open_window, sha256_of
-from stages.types import SourceFacts, VideoRejected
+from stages.types import Extent, SourceFacts, VideoFrames
 
 log = logging.getLogger(__name__)
 
 
 def video_rule(fps: float) -> str:
     """How an index becomes a picture of a video; part of the feature spec."""
-    return f"{fps:g} fps grid from first pts, frame on screen, rotation applied, v1"
+    return f"{fps:g} fps grid from first pts, frame on screen, rotation applied, v2"
 
 
 def file_of(video_id: str, part: VideoPart) -> SourceFile:
@@ -33,54 +33,49 @@ def file_of(video_id: str, part: VideoPart) -> SourceFile:
         with open_window(part.path, part.offset, part.size) as window:
             return sha256_of(window)
 
-    try:
-        with open_window(part.path, part.offset, part.size) as window:
-            return SourceFile(window.size, os.fstat(window.fd).st_mtime, sha256)
-    except Rejected as error:
-        raise VideoRejected(video_id, error.kind, error.reason) from error
+    with rejecting(video_id), open_window(part.path, part.offset, part.size) as window:
+        return SourceFile(window.size, os.fstat(window.fd).st_mtime, sha256)
 
 
 class VideoReader:
     """Frames of videos wherever they lie on disk, as a FrameSource gives them. Used for files and for tar members."""
 
-    def __init__(self, limits: VideoLimits, *, fps: float) -> None:
-        self.decoder = VideoDecoder(limits, fps=fps)
-        self.last = LastRead()
+    def __init__(self, limits: Limits, *, fps: float, around_damage: bool) -> None:
+        self.decoder = VideoDecoder(limits, fps=fps, around_damage=around_damage)
 
-    def count(self, video_id: str, part: VideoPart) -> int:
-        """Number of grid frames by the packets' times. Raises VideoRejected."""
-        try:
-            return self.decoder.count(part)
-        except Rejected as error:
-            raise VideoRejected(video_id, error.kind, error.reason) from error
+    def extent(self, video_id: str, part: VideoPart) -> Extent:
+        """Which grid frames can be had. Raises VideoRejected."""
+        with rejecting(video_id):
+            return self.decoder.extent(part)
 
-    def frames(self, video_id: str, part: VideoPart, wanted: list[int], batch_size: int) -> Iterator[np.ndarray]:
-        """Batches [b, h, w, 3]; the facts are known after the last. Raises VideoRejected."""
-        self.last.forget()
+    def frames(
+        self, video_id: str, part: VideoPart, wanted: list[int], batch_size: int
+    ) -> Generator[UInt8[np.ndarray, "b h w 3"], None, SourceFacts]:
+        """Batches, then the facts. Raises VideoRejected."""
         times: list[float] = []
-        found: list[ReadFacts] = []
+        ends: list[ReadFacts] = []
 
         def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
             for item in self.decoder.pictures(part, wanted):
                 if isinstance(item, ReadFacts):
-                    found.append(item)
+                    ends.append(item)
                     continue
                 index, pts, rgb = item
                 times.extend([pts] * len(index))
                 yield from [rgb] * len(index)
 
-        try:
+        with rejecting(video_id):
             yield from in_batches(pictures(), batch_size)
-        except Rejected as error:
-            raise VideoRejected(video_id, error.kind, error.reason) from error
-        (facts,) = found
-        if facts.clamped:
-            log.warning("%s: %d frames just past its end are its last one", video_id, facts.clamped)
-        self.last.remember(video_id, SourceFacts(facts.size, facts.sha256, tuple(times), facts.clamped))
+        (end,) = ends
+        if end.clamped:
+            log.warning("%s: %d frames just past its end are its last one", video_id, end.clamped)
+        if end.hdr:
+            log.warning("%s: its %s colours are read as ordinary ones (D82)", video_id, end.hdr)
+        return SourceFacts(end.size, end.sha256, tuple(times), end.clamped, end.count, end.damaged, end.hdr)
 
 
 class VideoFiles:
-    """Video files in one folder (not its sub-folders). An id is a file's name with or without its extension.
+    """Video files below a folder. An id is a file's path from there, with or without its extension: ``a/b/1``.
 
     Index i is the picture on screen i/``fps`` seconds after the first. See frame_grid.py and video_decode.py for the
     rule, video_child.py for how a hostile file is kept away from this process.
@@ -88,9 +83,8 @@ class VideoFiles:
     Args:
         root: the folder.
         fps: the grid that indices count on.
-        max_pixels: width × height of one frame; larger ones are refused before anything is decoded.
-        max_duration_s: seconds; longer videos are refused before anything is decoded.
-        timeout_s: wall clock for one video in the decoder process.
+        limits: what one video may cost.
+        around_damage: give the frames before and after a damaged spot, instead of refusing the video (D81).
         follow_symlinks: allow links that leave ``root``.
     """
 
@@ -99,14 +93,19 @@ class VideoFiles:
         root: str | Path,
         *,
         fps: float | int,
-        max_pixels: int = 50_000_000,
-        max_duration_s: float | int = 4 * 3600.0,
-        timeout_s: float | int = 600.0,
+        limits: Limits = DEFAULT_LIMITS,
+        around_damage: bool = False,
         follow_symlinks: bool = False,
     ) -> None:
         self.fps = float(fps)
-        self._folder = FolderIds(root, counts=is_video_name, id_of=without_suffix, follow_symlinks=follow_symlinks)
-        self._reader = VideoReader(VideoLimits(max_pixels, float(max_duration_s), float(timeout_s)), fps=self.fps)
+        self._folder = FolderIds(
+            root,
+            counts=is_video_name,
+            id_of=without_suffix,
+            is_branch=lambda _: True,
+            follow_symlinks=follow_symlinks,
+        )
+        self._reader = VideoReader(limits, fps=self.fps, around_damage=around_damage)
 
     @property
     def frame_rule(self) -> str:
@@ -127,26 +126,28 @@ class VideoFiles:
         return video_id in self._folder
 
     def count_frames(self, video_id: str) -> int:
-        """Number of grid frames by the packets' times, without decoding. Raises VideoRejected."""
-        return self._reader.count(video_id, self._part(video_id))
+        """Number of grid frames. Raises VideoRejected."""
+        return self.extent(video_id).count
 
-    def frames(
-        self, video_id: str, frame_index: Int[np.ndarray, " n"], *, batch_size: int
-    ) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+    def extent(self, video_id: str) -> Extent:
+        """Which grid frames can be had: by packets, or ``around_damage`` by decoding. Raises VideoRejected."""
+        return self._reader.extent(video_id, self._part(video_id))
+
+    def unasked(self, video_ids: Iterable[str]) -> list[str]:
+        """Ids of the files that none of these ids means."""
+        return self._folder.unasked(video_ids)
+
+    def frames(self, video_id: str, frame_index: Int[np.ndarray, " n"], *, batch_size: int) -> VideoFrames:
         """RGB frames in the order of ``frame_index``; up to two indices past the end give the last frame.
 
-        Raises VideoRejected; the frames already given are then void.
+        Raises VideoRejected, also on the way; the frames already given are then void.
         """
         wanted = checked_index(frame_index)
-        yield from self._reader.frames(video_id, self._part(video_id), wanted, batch_size)
+        return VideoFrames(self._reader.frames(video_id, self._part(video_id), wanted, batch_size))
 
     def file(self, video_id: str) -> SourceFile:
         """The file as it is now, without decoding. Raises VideoRejected."""
         return file_of(video_id, self._part(video_id))
-
-    def facts(self, video_id: str) -> SourceFacts:
-        """Facts of the video whose frames were read last to the end. Raises KeyError for any other."""
-        return self._reader.last[video_id]
 
     def close(self) -> None:
         """End the decoder processes."""

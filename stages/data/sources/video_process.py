@@ -17,14 +17,16 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
 from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.limits import Limits
 from stages.data.sources.video_wire import Message, header_of, receive
+from stages.types import Extent, Runs
 
 PROJECT = Path(__file__).resolve().parents[3]
 START_S = 120.0  # to import PyAV on a slow, busy network disk
@@ -55,21 +57,15 @@ class VideoPart:
 
 
 @dataclass(frozen=True)
-class VideoLimits:
-    """What one video may cost."""
-
-    max_pixels: int
-    max_duration_s: float
-    timeout_s: float
-
-
-@dataclass(frozen=True)
 class ReadFacts:
     """What the process knows of a file that it read to the last wanted frame."""
 
     size: int
     sha256: str
     clamped: int
+    count: int
+    damaged: Runs
+    hdr: str
 
 
 class DecoderProcess:
@@ -197,8 +193,8 @@ def end(popen: subprocess.Popen[bytes], owner: int) -> None:
 class VideoDecoder:
     """Decoder processes of one frame source: one for each video that is being read, kept for the next."""
 
-    def __init__(self, limits: VideoLimits, *, fps: float) -> None:
-        self.limits, self.fps = limits, fps
+    def __init__(self, limits: Limits, *, fps: float, around_damage: bool = False) -> None:
+        self.limits, self.fps, self.around_damage = limits, fps, around_damage
         self.idle: list[DecoderProcess] = []
         self.busy: set[DecoderProcess] = set()
 
@@ -233,7 +229,6 @@ class VideoDecoder:
 
     def request(self, op: str, part: VideoPart, index: list[int]) -> Message:
         """A request message."""
-        limits = self.limits
         return {
             "op": op,
             "path": os.path.abspath(part.path),
@@ -241,22 +236,31 @@ class VideoDecoder:
             "size": part.size,
             "index": index,
             "fps": self.fps,
-            "max_pixels": limits.max_pixels,
-            "max_duration_s": limits.max_duration_s,
-            "timeout_s": limits.timeout_s,
+            "around_damage": self.around_damage,
+            "limits": asdict(self.limits),
         }
 
-    def count(self, part: VideoPart) -> int:
-        """Number of grid frames, without decoding. Raises Rejected."""
+    def extent(self, part: VideoPart) -> Extent:
+        """Which grid frames can be had: by packets, or ``around_damage`` by decoding. Raises Rejected."""
         with self.process() as process:
-            process.ask(self.request("count", part, []), timeout_s=self.limits.timeout_s)
-            answer = process.receive()
-            if answer.get("is") == "rejected":
-                raise as_rejected(answer)
-            frames = answer.get("frames")
-            if not isinstance(frames, int) or frames < 1:
-                raise process.gone("it sent nonsense")
-            return frames
+            process.ask(self.request("extent", part, []), timeout_s=self.limits.timeout_s)
+            match answer := process.receive():
+                case {"is": "rejected"}:
+                    raise as_rejected(answer)
+                case {"is": "extent", "count": int(count), "damaged": list(damaged)} if count > 0:
+                    return Extent(count, self._runs(process, damaged))
+            raise process.gone("it sent nonsense")
+
+    def _runs(self, process: DecoderProcess, damaged: list[object]) -> Runs:
+        """Checked (first, last) pairs, ascending. Raises DecoderGone."""
+        runs: list[tuple[int, int]] = []
+        for item in damaged:
+            match item:
+                case [int(first), int(last)] if (runs[-1][1] if runs else -1) < first <= last:
+                    runs.append((first, last))
+                case _:
+                    raise process.gone("it sent nonsense")
+        return tuple(runs)
 
     def pictures(
         self, part: VideoPart, wanted: list[int]
@@ -288,10 +292,16 @@ class VideoDecoder:
                         process.read_into(rgb)
                         at += len(index)
                         yield index, pts, rgb
-                    case {"is": "done", "size": int(size), "sha256": str(digest), "clamped": int(clamped)} if at == len(
-                        wanted
-                    ):
-                        yield ReadFacts(size, digest, clamped)
+                    case {
+                        "is": "done",
+                        "size": int(size),
+                        "sha256": str(digest),
+                        "clamped": int(clamped),
+                        "count": int(total),
+                        "damaged": list(damaged),
+                        "hdr": "" | "PQ" | "HLG" | "BT.2020" as hdr,
+                    } if at == len(wanted):
+                        yield ReadFacts(size, digest, clamped, total, self._runs(process, damaged), hdr)
                         return
                     case _:
                         raise process.gone("it sent nonsense")

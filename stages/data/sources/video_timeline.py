@@ -2,12 +2,17 @@
 
 Runs in the decoder process. Every packet is demuxed once before anything is decoded: that is cheap, gives the true
 length, finds a truncated file whatever frames are wanted, and lets the decoder stop after the last wanted one.
+
+Which pictures there are, is what a player shows, in three rules: the stream (``choose_stream``); its packets that no
+edit list hides, from the first key frame on (``first_shown``), at the times that libav gives them after edit lists and
+start offsets; joined on one clock where the format lets it jump (``Splice``). Index 0 is the first of them, whatever
+its time: a delayed start (an empty edit, sound before the picture) shows nothing, so there is nothing to count.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -19,6 +24,7 @@ from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
 from stages.data.sources.frame_grid import Rejected
+from stages.data.sources.limits import Limits
 from stages.data.sources.video_sniff import Boxes, Window, walk_boxes, why_unknown
 
 # Demuxers that read one file and nothing else. No playlist, image, device, network or raw elementary format.
@@ -32,19 +38,6 @@ JUMP_AHEAD = Fraction(10)
 SLACK_S, SLACK_PART = Fraction(1), Fraction(1, 100)  # a header may over-report by 1 s or 1 %, whichever is more
 READ_BUFFER = 128 * 1024
 DEFAULT_RATE = Fraction(25)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is refused before it is decoded."""
-
-    max_pixels: int
-    max_duration_s: float
-
-    @property
-    def allocation(self) -> int:
-        """Pixels of the largest picture that libav may allocate; it pads what it decodes, so more than is allowed."""
-        return 2 * self.max_pixels + 1_000_000
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,9 @@ def open_container(window: Window, limits: Limits) -> InputContainer:
 
 
 def choose_stream(container: InputContainer, limits: Limits) -> VideoStream:
-    """The first video stream that has a decoder and is not a cover picture.
+    """The stream that a player shows: the first that is marked as default, else the first.
+
+    Cover pictures, thumbnails and streams without a decoder do not count. An MP4 track that is disabled is not marked.
 
     Raises:
         Rejected: ``no_video_stream``, ``no_decoder``, ``too_large``.
@@ -108,7 +103,7 @@ def choose_stream(container: InputContainer, limits: Limits) -> VideoStream:
         kinds = "a still picture" if found else " and ".join(sorted({stream.type for stream in container.streams}))
         only = f"only {kinds}" if kinds else "and no other either"
         raise Rejected("no_video_stream", f"there is no video stream in it, {only}")
-    for stream in moving:
+    for stream in sorted(moving, key=lambda stream: not stream.disposition & Disposition.default):
         if getattr(stream, "codec_context", None) is not None:  # None: this build of libavcodec cannot decode it
             refuse_large(stream.codec_context.width, stream.codec_context.height, limits)
             return stream
@@ -212,7 +207,7 @@ def read_timeline(container: InputContainer, stream: VideoStream, window: Window
         shown_at.append(packet.pts if packet.pts is not None else decoded_at[-1])
         lengths.append(packet.duration or step)
         shown.append(not packet.is_discard)  # an edit list may hide packets that others need
-        keys.append(packet.is_keyframe and shown[-1])
+        keys.append(packet.is_keyframe)
         if decoded_at[-1] - decoded_at[0] > longest:
             refuse_long((decoded_at[-1] - decoded_at[0]) * time_base, limits)
     if not any(shown):
@@ -226,11 +221,22 @@ def read_timeline(container: InputContainer, stream: VideoStream, window: Window
         found += [last * time_base, *(stop * base_of(container.streams[at]) for at, stop in other.items())]
     check_header(header, max(found), boxes)
     visible = [at for at, show in enumerate(shown) if show]
-    # Pictures that are shown before the first key frame but stored after it may need what was cut off before it.
-    start = times[keys.find(1)] if any(keys) else min(times[at] for at in visible)
+    start = first_shown(times, shown, keys)
     end = max(times[at] + lengths[at] for at in visible)
     refuse_long((end - start) * time_base, limits)
     return Timeline(time_base, array("q", sorted(times[at] for at in visible)), start, end, step, by_pts, any(keys))
+
+
+def first_shown(times: Sequence[int], shown: Sequence[int], keys: Sequence[int]) -> int:
+    """When the first picture is shown, from what is known of all packets in the order in which they are stored.
+
+    Pictures start at the first key frame, be it hidden (an edit list that starts between two key frames decodes from
+    the one before). What is stored before it cannot be decoded; what is stored after it and shown before it may need
+    what was cut off. Of the rest the first that no edit list hides is the first picture.
+    """
+    key = next((at for at, is_key in enumerate(keys) if is_key), 0)
+    after = [times[at] for at in range(key, len(times)) if shown[at]]
+    return min((time for time in after if not any(keys) or time >= times[key]), default=min(after, default=times[key]))
 
 
 def base_of(stream: Stream) -> Fraction:
