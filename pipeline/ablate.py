@@ -79,6 +79,9 @@ def ablate(
     for variant in complete:
         sources.run_folder(out, variant)
     todo = [[v for v in members if not sources.is_settled(ledger, v)] for members in passes]
+    for variant in (variant for members in todo for variant in members):
+        if ledger.rows[variant.name]["status"] == "done":
+            ledger.note(variant.name, status="waiting", reason="what it answered has changed")
     runner = Runner(sources, ledger, device, memory, progress)
     started = time.monotonic()
     for members in todo:
@@ -165,7 +168,10 @@ class Sources:
         run = RunFolder.open(ledger.out / variant.name)
         dataset = self.dataset(variant.config)
         now = compose.evaluation(run, split="test", cache=self.cache, dataset=dataset)
-        return predictions.read_own(run, "test").digest == now.made_from.digest
+        answered = predictions.read_own(run, "test")
+        whole = len(answered.predictions) >= len(now.available.samples)
+        told = ledger.rows[variant.name].get("made_from")
+        return whole and told == answered.digest == now.made_from.digest
 
     def train_set(self, configs: Sequence[PipelineConfig]) -> CachedSamples:
         """What the runs of one pass learn from; with a teacher as soon as one of them has one."""
@@ -337,7 +343,12 @@ class Runner:
         ledger = self.ledger
         numbers = {"k": found["correct"], "n": found["n"], "accuracy": found["top1"], "interval": found["interval"]}
         row = ledger.rows[variant.name]
-        row |= {"status": "done", "step": row["steps"], **numbers, "by_video": found["by_video"]}
+        row |= {"status": "done", "step": row["steps"], **numbers, "by_video": found["by_video"], "reason": None}
+        row |= {key: found[key] for key in ("made_from", "questions")}
+        for other in ledger.rows.values():  # one table is about one set of questions
+            if other["status"] == "done" and other.get("questions") != row["questions"]:
+                other |= {"status": "waiting", "reason": "it has answered other questions"}
+                ledger.arms.pop(other["arm"], None)
         rows = [row for row in ledger.rows.values() if row["arm"] == variant.arm and row["status"] == "done"]
         ledger.arms[variant.arm] = _over_seeds(rows, ledger)
         ledger.write()

@@ -7,7 +7,7 @@ Every function returns the dict that ``--json`` prints. What it reads is put tog
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,7 +194,7 @@ def evaluation(
     """
     ineffective = [item for item in sets if item.startswith(provenance.IGNORED)]
     if ineffective:
-        raise ConfigError(f"{ineffective[0]} changes training, not an evaluation; train with it in a folder of its own")
+        raise ConfigError(f"{ineffective[0]} is not read by an evaluation; train with it in a folder of its own")
     config = apply(run.located_config, sets)
     dataset = inputs.load_dataset(config) if dataset is None else dataset
     samples = inputs.samples_of(dataset, split)
@@ -203,6 +203,11 @@ def evaluation(
         inputs.refuse_features_of_another_run(run, tokens)
     available = inputs.available_samples(config, samples, [tokens], cache, split)
     closed = _closed_sets(config, dataset, available.samples)
+    same = "train" in dataset.splits and provenance.learned_from(run, "train", dataset.samples("train"))
+    held = scoring.held_out(dataset, split)
+    if not same and run.provenance is not None:  # what it shares with others says nothing about this run
+        why = "the train questions are not those that the run learned from"
+        held = replace(held, shared={}, unknown=why)
     made_from = provenance.of_answers(
         run,
         config,
@@ -212,8 +217,8 @@ def evaluation(
         tokens=tokens,
         labels=None if closed is None else closed.labels,
         checkpoint=checkpoint,
-        changed=provenance.changed_settings(apply(run.config, sets), run.config),
-        held_out=scoring.held_out(dataset, split).to_json(),
+        changed=provenance.changed_settings(apply(run.config, sets), run, same_questions=same),
+        held_out=held.to_json(),
     )
     return Evaluation(config, dataset, samples, available, tokens, closed, made_from)
 
@@ -288,6 +293,8 @@ def evaluate(
         report["warnings"].append(f"{len(never)} answers need more than decode.max_new_tokens, such as {shown}")
     report["warnings"] += notes
     return report | {
+        "held_out": dict(todo.made_from.held_out),
+        "questions": todo.made_from.questions.digest,
         "seed": config.train.seed,
         "checkpoint": loaded.path.name,
         "predictions": str(write),

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pipeline.errors import ConfigError
 from stages.config import SECRETS, PipelineConfig
 
-SPEED_ONLY = ("data.io", "data.reader_threads")
+SPEED_ONLY = ("data.io", "data.reader_threads", "data.allow_changed", "extract.")  # beginnings; no number
 # Where things lie. What lies there is known by content (provenance.py), so a move changes no run.
 PLACES = (
     *("data.videos", "data.annotations", "clip.weights", "teacher.model", "teacher.weights"),
@@ -83,7 +83,7 @@ def flatten(config: PipelineConfig) -> dict[str, Any]:
 
 def deciding(config: PipelineConfig) -> dict[str, Any]:
     """As ``flatten``, without what changes speed and no number: how the cache is read may differ within one run."""
-    return {key: value for key, value in flatten(config).items() if key not in SPEED_ONLY}
+    return {key: value for key, value in flatten(config).items() if not key.startswith(SPEED_ONLY)}
 
 
 def effective(config: PipelineConfig) -> dict[str, Any]:

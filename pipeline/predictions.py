@@ -54,20 +54,22 @@ def place(run: RunFolder, facts: AnswersProvenance) -> tuple[Path, list[str]]:
     own, named = predictions_file(run.path, facts.split), _named(run.path, facts.split, facts.digest)
     before = _digest_in(own)
     if before == facts.digest:  # also where the same files were named in another way
+        if facts.own or run.answers_provenance(facts.digest) is None:
+            run.keep_answers_provenance(facts)
         return own, []
     if not facts.own:
         run.keep_answers_provenance(facts)
         return named, []
     notes = []
     if before is not None:
-        aside = _named(run.path, facts.split, before)
+        aside = _free(_named(run.path, facts.split, before))
         own.replace(aside)
         notes.append(
             f"earlier answers were made from something else and are kept in {aside.name}{_why(run, facts, aside)}"
         )
-    if named.exists() and not own.exists():
-        named.replace(own)
     run.keep_answers_provenance(facts)
+    if named.exists() and _digest_in(own) is None:
+        named.replace(own)
     return own, notes
 
 
@@ -91,6 +93,8 @@ def _problems(
     again = f"answer again:  pipeline evaluate --run {quote(str(run.path))} --split {split}"
     if run.provenance is None:
         return []
+    if len({prediction.run for prediction in predictions}) > 1:
+        return [f"its answers were made from several things; {again}"]
     if facts is None:
         return [f"nothing is recorded of what its answers were made from; {again}"]
     problems = []
@@ -117,8 +121,16 @@ def _digest_in(path: Path) -> str | None:
     """What the lines of a file were made from; None where it is absent or holds no whole line."""
     if not path.is_file():
         return None
-    predictions = read_predictions(path)
-    return (predictions[0].run or "unknown") if predictions else None
+    digests = {prediction.run for prediction in read_predictions(path)}
+    if len(digests) > 1:
+        return "mixed"
+    return (digests.pop() or "unknown") if digests else None
+
+
+def _free(path: Path) -> Path:
+    """The path, or a name like it that nothing has."""
+    others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(2, 1000))
+    return next(free for free in (path, *others) if not free.exists())
 
 
 def _why(run: RunFolder, facts: AnswersProvenance, aside: Path) -> str:

@@ -107,7 +107,7 @@ def sample_digest(sample: Sample) -> str:
 
 def features(store: FeatureStore, samples: Iterable[Sample]) -> dict[str, Any]:
     """Which features these samples read: of which spec, and ``files``, a digest of the video files behind them."""
-    videos = dict.fromkeys(sample.video_id for sample in samples)  # in order: neighbours are of one shard
+    videos = sorted({sample.video_id for sample in samples})  # the order of the plan: neighbours are of one shard
     files = {video: str(store.facts(video).get("sha256", "")) for video in videos}
     return spec_facts(store.spec) | {"files": digest_of(sorted(files.items()))}
 
@@ -123,11 +123,13 @@ def frozen(config: PipelineConfig) -> dict[str, str]:
     from stages import weights  # brings torch, which reading a run folder must not
 
     decode, student = config.decode, config.student
+    inside = weights.local_path(student.init) / "qformer_tokenizer"  # what is read where none is named
+    tokenizer = student.tokenizer or (str(inside) if inside.is_dir() else student.init)
     named = {
         "decode.llm": (decode.llm, decode.revision),
         "decode.llm_config": (decode.llm_config, ""),
         "student.init": (student.init, student.revision),
-        "student.tokenizer": (student.tokenizer, ""),
+        "student.tokenizer": (tokenizer, ""),
     }
     return {key: weights.files_digest(name, revision) for key, (name, revision) in named.items() if name}
 
@@ -254,7 +256,10 @@ def variant_settings(run: RunFolder) -> dict[str, Any]:
     return (
         {key: value for key, value in settings.items() if key not in PLACES}
         | dict(known.frozen)
-        | {f"features.{name}": digest_of(facts) for name, facts in known.features.items()}
+        | {
+            f"{'clip' if name == 'tokens' else 'teacher'}.features": digest_of(facts)
+            for name, facts in known.features.items()
+        }
         | {f"questions.{split}": questions.digest for split, questions in known.questions.items()}
     )
 
@@ -434,11 +439,31 @@ def answer_settings(config: PipelineConfig) -> dict[str, Any]:
     }
 
 
-def changed_settings(config: PipelineConfig, run: PipelineConfig) -> dict[str, Any]:
-    """Setting -> value of an evaluation, where it differs from the run's and can change questions or answers."""
-    now, then = deciding(config), deciding(run)
+def changed_settings(config: PipelineConfig, run: RunFolder, *, same_questions: bool) -> dict[str, Any]:
+    """Setting -> value of an evaluation, where it differs from the run's and can change questions or answers.
+
+    Of places the content counts: ``same_questions`` says it of the annotations, digests say it of frozen models, and of
+    videos and encoders the features.
+    """
+    now, then = deciding(config), deciding(run.config)
     reading = ("data.allow_missing", "data.allow_leak", *NEUTRAL)
-    return {key: now[key] for key in now if now[key] != then[key] and key not in reading}
+    changed = {key: now[key] for key in now if now[key] != then[key] and key not in reading}
+    if run.provenance is None:
+        return changed
+    models, before = frozen(config), run.provenance.frozen
+    moved = {key for key in PLACES if key not in ANSWER_MODELS or models.get(key) == before.get(key)}
+    if not same_questions:
+        moved.discard("data.annotations")
+    return {key: value for key, value in changed.items() if key not in moved}
+
+
+def learned_from(run: RunFolder, split: str, samples: Sequence[Sample]) -> bool:
+    """Whether the run learned from these samples, or some of them, as they are now; True where nothing is known."""
+    known = None if run.provenance is None else run.provenance.questions.get(split)
+    if known is None:
+        return True
+    now = {sample.sample_id: sample_digest(sample) for sample in samples}
+    return all(now.get(key) == digest for key, digest in known.samples.items())
 
 
 # ---------------------------------------------------------------- places and digests

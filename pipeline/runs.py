@@ -132,6 +132,7 @@ class RunFolder:
             _refuse_other_config(run, config, out or path)
             if provenance is not None:
                 _refuse_other_provenance(run, provenance, out or path)
+                run = run._moved_to(config, provenance)
         else:
             _refuse_foreign_files(path, out or path)
             path.mkdir(parents=True, exist_ok=True)
@@ -227,13 +228,29 @@ class RunFolder:
             return None
         return found if found.digest == digest else None
 
+    def _moved_to(self, config: PipelineConfig, provenance: RunProvenance) -> RunFolder:
+        """The same run with the places of ``config``, and of its cache, as they are now."""
+        assert self.provenance is not None
+        values, now = self.config.model_dump(mode="json"), config.model_dump(mode="json")
+        for key in PLACES:
+            section, name = key.split(".")
+            values[section][name] = now[section][name]
+        places = (provenance.cache, provenance.started_in)
+        if places == (self.provenance.cache, self.provenance.started_in) and values == self.config.model_dump(
+            mode="json"
+        ):
+            return self
+        write_json(self.provenance_folder / "run.json", provenance.to_json())
+        write_json(self.path / "config.json", values)
+        return RunFolder(self.path, validate(values))
+
     def _refuse_changed_config(self) -> None:
         if self.provenance is None:
             return
         now, then = deciding(self.config), self.provenance.settings
         changed = [
             f"  {key}: {then.get(key)!r} then, {now.get(key)!r} now"
-            for key in sorted((now.keys() - set(PLACES)) | then.keys())
+            for key in sorted((now.keys() - set(PLACES)) & then.keys())  # not those of another version alone
             if json.dumps(now.get(key)) != json.dumps(then.get(key))
         ]
         if changed:

@@ -277,6 +277,7 @@ def compare(folders: Sequence[Path], *, split: str) -> dict[str, Any]:
         )
     everything = [member.file.predictions for member in answered]
     _refuse_other_questions(everything)
+    _refuse_other_windows(answered)
     common = common_questions(everything)
     asked = {p.sample_id for predictions in everything for p in predictions}
     answers = [Answers.of(variant.runs, match, common) for variant in variants]
@@ -297,7 +298,7 @@ def compare(folders: Sequence[Path], *, split: str) -> dict[str, Any]:
             for (a, b), test, p in zip(couples, tests, adjusted, strict=True)
         ],
         "answers": [{"run": str(m.folder), "file": m.file.path.name, "made_from": m.file.digest} for m in answered],
-        "warnings": _doubts(answered),
+        "warnings": _doubts(answered, split),
     }
 
 
@@ -353,11 +354,22 @@ def _rule(answered: Sequence[Answered]) -> Match:
     return rule  # type: ignore[return-value]
 
 
-def _doubts(answered: Sequence[Answered]) -> list[str]:
+def _refuse_other_windows(answered: Sequence[Answered]) -> None:
+    """The same words about other frames are another question; a file of answers knows by digest which frames."""
+    known: dict[str, tuple[str, Path]] = {}
+    for member in answered:
+        samples = {} if member.file.provenance is None else member.file.provenance.questions.samples
+        for key, digest in samples.items():
+            before = known.setdefault(key, (digest, member.folder))
+            if before[0] != digest:
+                raise ConfigError(f"sample {key!r} is about other frames in {member.folder} than in {before[1]}")
+
+
+def _doubts(answered: Sequence[Answered], split: str) -> list[str]:
     """What a reader should know of the answers: unfinished ones, and those of other versions."""
     doubts = [
         f"{member.folder}: {count} questions of the split have no answer; answer them:  "
-        f"pipeline evaluate --run {shlex.quote(str(member.folder))}"
+        f"pipeline evaluate --run {shlex.quote(str(member.folder))} --split {split}"
         for member in answered
         if (count := unanswered(member.file))
     ]

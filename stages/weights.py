@@ -396,18 +396,13 @@ def files_digest(name: str, revision: str = "") -> str:
 
     A folder: 16 hex digits over names, sizes and contents of its weights, configs and vocabularies. Of a file above
     64 MiB 256 evenly spaced blocks are read, so that 13 GB take a fraction of a second: enough to notice other weights,
-    not to prove that two files are equal. A hub id: the commit that its local copy holds. Anything else, such as
-    ``seed:<n>``, stands for itself.
+    not to prove that two files are equal. A hub id stands for itself, with its revision: its files may not be here yet.
+    So does anything else, such as ``seed:<n>``.
     """
     folder = local_path(name)
     if folder.is_dir():
         return _folder_digest(folder)
-    if parse_seed(name) is not None:
-        return name
-    try:
-        return f"{name}@{resolve(name, revision, patterns=[], local_only=True).name}"
-    except WeightsMissing:
-        return without_credentials(f"{name}@{revision}" if revision else name)
+    return without_credentials(f"{name}@{revision}" if revision else name)
 
 
 def _folder_digest(folder: Path) -> str:

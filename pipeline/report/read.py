@@ -16,7 +16,7 @@ from pipeline import registry
 from pipeline.errors import ConfigError
 from pipeline.ledger import FILE as LEDGER
 from pipeline.overrides import TEACHER_ONLY
-from pipeline.predictions import read_own
+from pipeline.predictions import read_own, unanswered
 from pipeline.printing import in_one_line
 from pipeline.provenance import variant_settings
 from pipeline.report import files
@@ -251,6 +251,9 @@ def _read(root: Path, folder: Path, leave_out: LeaveOut) -> Run | None:
         missing.append(Missing(f"answers ({own.problems[0].partition(';')[0]})", f"pipeline evaluate --run {quoted}"))
         leave_out(own.path, "; ".join(own.problems))
         own = None
+    if own is not None and (count := unanswered(own)):
+        missing.append(Missing(f"answers to {count} questions", f"pipeline evaluate --run {quoted}"))
+        leave_out(own.path, f"{count} questions of the split have no answer; shown are the others")
     facts = None if own is None else own.provenance
     diagnostics = part(
         run.diagnostics,

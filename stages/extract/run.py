@@ -321,7 +321,7 @@ def _fitting(
         for number, (video, frames) in enumerate(zip(new, pool.map(ask, new), strict=True)):
             fits[video] = frames
             if number % 100 == 99:
-                progress(0, 0, f"length of {number + 1} of {len(new)} videos")
+                progress(number + 1, len(new), "asking videos for their length")
     return fits
 
 

@@ -277,7 +277,7 @@ MATRIX: dict[str, Row] = {
     "data, speed": Row("========", sets=("data.io=pread",)),
     "clip": Row("==RRRRR=", sets=("clip.layer=4",), named="layer"),
     "teacher": Row("==RRR===", sets=("teacher.timestep=7",), named="timestep"),
-    "extract": Row("==RRR===", sets=("extract.batch_size=8",), named="extract.batch_size"),
+    "extract": Row("========", sets=("extract.batch_size=8",)),
     "student": Row("==RRRN==", sets=("student.memory_len=3",), named="student.memory_len"),
     "align": Row("==RRR===", sets=("align.head=linear",), named="align.head"),
     "train": Row("==RRR===", sets=("train.lr=0.5",), named="train.lr"),
