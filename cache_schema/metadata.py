@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache_schema import files
+from cache_schema.connections import ObjectChanged
 from cache_schema.errors import CacheCorrupt, CacheMismatch, CacheMissing
 from cache_schema.objects import StorePath
 from cache_schema.plan import MAX_SHARD_FRAMES
@@ -286,7 +287,11 @@ def grow_array(info: ArrayInfo, num_shards: Callable[[], int]) -> None:
 
 
 def _rows(info: ArrayInfo) -> int:
-    return _checked_rows(info, files.read_json(info.metadata_file, files.MAX_METADATA_BYTES))
+    while True:
+        try:
+            return _checked_rows(info, files.read_json(info.metadata_file, files.MAX_METADATA_BYTES))
+        except ObjectChanged:  # another writer grew it while it was read: what it is now is read
+            continue
 
 
 def _checked_rows(info: ArrayInfo, document: Mapping[str, object]) -> int:
