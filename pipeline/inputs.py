@@ -215,9 +215,9 @@ def refuse_features_of_another_run(run: RunFolder, store: FeatureStore) -> None:
     if known is None:
         return
     now = provenance.spec_facts(store.spec)
-    changed = [f"  {key}: {known.get(key)!r} then, {now[key]!r} now" for key in now if known.get(key) != now[key]]
+    changed = provenance.different(now, {key: known.get(key) for key in now})
     if changed:
-        lines = "\n".join(changed)
+        lines = "\n".join(f"  {line}" for line in changed)
         raise CacheMismatch(
             f"{store.path}, {store.modality} has other features than {run.path} learned from:\n{lines}\n"
             f"Name the store that it read, or extract again:",

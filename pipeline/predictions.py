@@ -135,4 +135,5 @@ def _free(path: Path) -> Path:
 
 def _why(run: RunFolder, facts: AnswersProvenance, aside: Path) -> str:
     before = run.answers_provenance(read_predictions(aside)[0].run)
-    return "" if before is None else ": " + "; ".join(facts.differences(before))
+    lines = [] if before is None else facts.differences(before)
+    return f": {'; '.join(lines)}" if lines else ""

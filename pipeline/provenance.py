@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from cache_schema.spec import FeatureSpec
     from cache_schema.store import FeatureStore
 
-FOLDER = "provenance"
 ANSWER_SECTIONS = ("student.", "decode.")  # beside features and questions, what an answer follows from
 # Of those, what changes no answer: how fast it is computed, and what only training uses.
 NEUTRAL = (
@@ -323,11 +322,6 @@ class AnswersProvenance:
     packages: Mapping[str, str]
     own: bool
     held_out: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def tokens(self) -> Mapping[str, Any]:
-        """The features that were read."""
-        return next(iter(self.features.values()))
 
     @property
     def digest(self) -> str:

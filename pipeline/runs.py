@@ -247,14 +247,13 @@ class RunFolder:
     def _refuse_changed_config(self) -> None:
         if self.provenance is None:
             return
+        from pipeline.provenance import different
+
         now, then = deciding(self.config), self.provenance.settings
-        changed = [
-            f"  {key}: {then.get(key)!r} then, {now.get(key)!r} now"
-            for key in sorted((now.keys() - set(PLACES)) & then.keys())  # not those of another version alone
-            if json.dumps(now.get(key)) != json.dumps(then.get(key))
-        ]
+        both = (now.keys() - set(PLACES)) & then.keys()  # a setting of another version alone was changed by nobody
+        changed = different({key: now[key] for key in both}, {key: then[key] for key in both})
         if changed:
-            lines = "\n".join(changed)
+            lines = "\n".join(f"  {line}" for line in changed)
             raise ConfigError(
                 f"{self.path / 'config.json'} was changed after the run had started:\n{lines}\n"
                 f"Put it back, or train in another folder:  pipeline train-student --out {free_folder(self.path)}"
@@ -527,7 +526,7 @@ def _refuse_other_provenance(run: RunFolder, provenance: RunProvenance, out: Pat
         raise ConfigError(
             f"{run.path} holds a run that learned from something else:\n{lines}\n"
             f"Keep both:       --out {free_folder(out)}\n"
-            "Or go on there:  put back what it learned from"
+            f"Or go on there:  {'not possible' if run.provenance is None else 'put back what it learned from'}"
         )
 
 
